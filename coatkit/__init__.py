@@ -1,0 +1,73 @@
+"""coatkit: continuous audio thinking, and distilling audio experts into large audio language models.
+
+Names below are imported on first use, so that `import coatkit` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coatkit.assets import cache_dir as cache_dir
+    from coatkit.assets import require as require
+    from coatkit.backbones.hf import HFBackbone as HFBackbone
+    from coatkit.backbones.hf import HFPreparer as HFPreparer
+    from coatkit.backbones.options import BackboneOptions as BackboneOptions
+    from coatkit.errors import AssetError as AssetError
+    from coatkit.errors import CoatkitError as CoatkitError
+    from coatkit.errors import DataError as DataError
+    from coatkit.hookspecs import hookimpl as hookimpl
+    from coatkit.infer import load as load
+    from coatkit.infer import load_backbone as load_backbone
+    from coatkit.infer import load_expert as load_expert
+    from coatkit.losses import masked_bce as masked_bce
+    from coatkit.losses import masked_focal_bce as masked_focal_bce
+    from coatkit.losses import masked_mse as masked_mse
+    from coatkit.manifest import Asset as Asset
+    from coatkit.manifest import Manifest as Manifest
+    from coatkit.protocols import AudioBatch as AudioBatch
+    from coatkit.protocols import Backbone as Backbone
+    from coatkit.protocols import BackboneAudio as BackboneAudio
+    from coatkit.protocols import Expert as Expert
+    from coatkit.protocols import Features as Features
+    from coatkit.protocols import Head as Head
+    from coatkit.protocols import Inputs as Inputs
+    from coatkit.protocols import Output as Output
+    from coatkit.protocols import Preparer as Preparer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "coatkit.assets": ("cache_dir", "require"),
+    "coatkit.backbones.hf": ("HFBackbone", "HFPreparer"),
+    "coatkit.backbones.options": ("BackboneOptions",),
+    "coatkit.errors": ("AssetError", "CoatkitError", "DataError"),
+    "coatkit.hookspecs": ("hookimpl",),
+    "coatkit.infer": ("load", "load_backbone", "load_expert"),
+    "coatkit.losses": ("masked_bce", "masked_focal_bce", "masked_mse"),
+    "coatkit.manifest": ("Asset", "Manifest"),
+    "coatkit.protocols": (
+        "AudioBatch",
+        "Backbone",
+        "BackboneAudio",
+        "Expert",
+        "Features",
+        "Head",
+        "Inputs",
+        "Output",
+        "Preparer",
+    ),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted([*_WHERE, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'coatkit' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

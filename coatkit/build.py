@@ -1,0 +1,92 @@
+"""From a checked spec to live components: classes imported, options applied, weights loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from coatkit.errors import CoatkitError, PluginError
+from coatkit.model import CoatModel
+from coatkit.plugins import Component
+from coatkit.protocols import Backbone, Expert, Head
+from coatkit.spec import ThinkingSpec
+from coatkit.spec_file import LoadedSpec
+
+
+@contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Random numbers for one part, from the seed and its name: adding an expert changes no other part's start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+        yield
+
+
+def construct(component: Component, *args: Any, **options: Any) -> Any:
+    """Make a component with its options.
+
+    Raises:
+        PluginError: If its constructor refuses; names the component.
+    """
+    cls = component.load_class()
+    try:
+        return cls(*args, **options)
+    except CoatkitError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{component.use}: cannot be made with {options}: {error}") from error
+
+
+def load_backbone(component: Component, options: Mapping[str, Any], thinking: Any, seed: int, device: str) -> Backbone:
+    """A backbone with its weights on `device`."""
+    settings = None if thinking is None else ThinkingSpec.model_validate(thinking)
+    backbone: Backbone = construct(component, thinking=settings, **options)
+    with seeded(seed, "backbone"):
+        backbone.load(torch.device(device))
+    return backbone
+
+
+def load_expert(component: Component, options: Mapping[str, Any], backbone: Backbone | None, device: str) -> Expert:
+    """An expert with its weights on `device`.
+
+    Raises:
+        PluginError: If it leaves `dim` or `frame_rate` unset, or needs a backbone and there is none.
+    """
+    expert: Expert = construct(component, **options)
+    if backbone is not None:
+        expert.bind(backbone)
+    elif expert.uses_backbone:
+        raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
+    with seeded(0, f"expert {component.use}"):
+        expert.load(torch.device(device), torch.float32)
+    for name in ("sample_rate", "frame_rate", "dim"):
+        value = getattr(expert, name, None)
+        if not isinstance(value, int | float) or value <= 0:
+            raise PluginError(f"{component.use}: the expert's {name} is {value!r}; set it to a positive number")
+    return expert
+
+
+def load_head(component: Component, options: Mapping[str, Any], hidden_size: int, dim: int, seed: int, name: str) -> Head:
+    """A head for one expert, its start fixed by the seed and the expert's name."""
+    with seeded(seed, f"head {name}"):
+        head: Head = construct(component, hidden_size, dim, **options)
+    return head
+
+
+def build(loaded: LoadedSpec, device: str) -> CoatModel:
+    """Backbone, experts and heads of a spec, as at the start of training."""
+    spec = loaded.spec
+    chosen = loaded.chosen["backbone"]
+    backbone = load_backbone(chosen.component, chosen.options, spec.thinking, spec.seed, device)
+    experts: dict[str, Expert] = {}
+    heads: dict[str, Head] = {}
+    for name in spec.experts:
+        expert, head = loaded.chosen[f"experts.{name}"], loaded.chosen[f"heads.{name}"]
+        experts[name] = load_expert(expert.component, expert.options, backbone, device)
+        heads[name] = load_head(
+            head.component, head.options, backbone.hidden_size, experts[name].dim, spec.seed, name
+        ).to(device)
+    return CoatModel(backbone, heads, experts)

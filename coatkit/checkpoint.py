@@ -1,0 +1,169 @@
+"""Checkpoints: a folder of safetensors and JSON, written beside and renamed, so that a half-written one never counts.
+
+`model.safetensors` holds what learns (adapters, token rows, projector, heads), `optimizer.safetensors` the moments and
+random state, `state.json` where training stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coatkit.errors import RunError
+
+FORMAT = 1
+Moments = dict[str, dict[str, Tensor]]
+"""Optimizer state by parameter name."""
+
+
+@dataclass
+class Position:
+    """Where training stands: `step` optimizer steps done in all, `stage_step` of them in stage number `stage`."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    skipped: int = 0
+
+
+def learned(model: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
+    """Tensors a checkpoint keeps: parameters that learn, and everything in the heads."""
+    state = model.state_dict()
+    return {k: v for k, v in state.items() if k in names or k.startswith("heads.")}
+
+
+def save(
+    folder: Path, model: nn.Module, names: frozenset[str], moments: Moments, position: Position, keep: int
+) -> Path:
+    """Write `folder`/step-NNNNNNNN and remove all but the newest `keep`."""
+    final = folder / f"step-{position.step:08d}"
+    if (final / "state.json").is_file():  # the same step of the same run: already safe
+        return final
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in learned(model, names).items()}
+    save_file(tensors, partial / "model.safetensors")
+    flat = {f"{name}|{key}": t.detach().cpu().contiguous() for name, kept in moments.items() for key, t in kept.items()}
+    flat["random|cpu"] = torch.get_rng_state()
+    for i in range(torch.cuda.device_count()):
+        flat[f"random|cuda:{i}"] = torch.cuda.get_rng_state(i)
+    save_file(flat, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
+    for file in (*partial.iterdir(), partial):
+        _sync(file)
+    os.replace(partial, final)
+    _sync(folder)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def load_position(checkpoint: Path) -> Position:
+    """Where a checkpoint stands.
+
+    Raises:
+        RunError: If it was written by another format of coatkit or is damaged.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        written = state.pop("format")
+        if written != FORMAT:
+            raise RunError(f"{checkpoint}: format {written}, but this coatkit reads format {FORMAT}")
+        return Position(**state)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{checkpoint}/state.json: damaged: {error}") from None
+
+
+def load_model(checkpoint: Path, model: nn.Module, names: frozenset[str], ignore: str = "\0") -> None:
+    """Put a checkpoint's tensors into the model, leaving aside those whose names begin with `ignore`.
+
+    Raises:
+        RunError: If a tensor is missing, left over, or of another shape; nothing is loaded then.
+    """
+    saved = {k: v for k, v in _read(checkpoint / "model.safetensors").items() if not k.startswith(ignore)}
+    wanted = learned(model, names)
+    problems = [f"missing {k}" for k in wanted if k not in saved]
+    problems += [f"unexpected {k}" for k in saved if k not in wanted]
+    problems += [
+        f"{k} is {tuple(saved[k].shape)}, the model's is {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in saved and saved[k].shape != wanted[k].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise RunError(f"{checkpoint}: does not fit this model: {shown}")
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(saved[key])
+
+
+def load_moments(checkpoint: Path) -> tuple[Moments, Mapping[str, Tensor]]:
+    """Optimizer state by parameter name, and random states by device."""
+    moments: Moments = {}
+    random: dict[str, Tensor] = {}
+    for key, tensor in _read(checkpoint / "optimizer.safetensors").items():
+        name, _, part = key.rpartition("|")
+        if name == "random":
+            random[part] = tensor
+        else:
+            moments.setdefault(name, {})[part] = tensor
+    return moments, random
+
+
+def restore_random(random: Mapping[str, Tensor]) -> None:
+    """Set torch's random state as it was."""
+    torch.set_rng_state(random["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda:{i}" in random:
+            torch.cuda.set_rng_state(random[f"cuda:{i}"], i)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(path)
+        return found
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Moments:
+    """An optimizer's state by parameter name."""
+    found: Moments = {}
+    for name, parameter in named.items():
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        if state:
+            found[name] = {k: torch.as_tensor(v) for k, v in state.items()}
+    return found
+
+
+def set_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moments: Moments) -> None:
+    """Put state back by parameter name; the step counter stays where the optimizer keeps it (on the CPU)."""
+    for name, parameter in named.items():
+        if name in moments:
+            optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else v.to(parameter.device).clone() for k, v in moments[name].items()
+            }

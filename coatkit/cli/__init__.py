@@ -1,0 +1,57 @@
+"""The command line. Commands are imported when run, so `coatkit --help` loads neither torch nor pydantic nor a plugin."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+_COMMANDS = {
+    "train": "Train the stages of a spec, or continue a run.",
+    "check": "Check a spec without loading torch.",
+    "fetch": "Bring the weights a spec or a component needs into the cache.",
+    "ask": "Ask a trained run about a sound.",
+    "plugins": "List experts, heads and backbones, and what failed to load.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"coatkit.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="coatkit")
+def cli() -> None:
+    """Continuous audio thinking: distil audio experts into large audio language models.
+
+    \b
+    coatkit check examples/quickstart/spec.yaml
+    coatkit train examples/quickstart/spec.yaml
+    coatkit ask runs/quickstart sound.flac "Which instrument is playing?"
+    """
+
+
+def main() -> None:
+    """Run a command; an error coatkit foresaw is one message and an exit code, not a traceback."""
+    from coatkit.errors import CoatkitError
+
+    try:
+        cli(standalone_mode=True)
+    except CoatkitError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `coatkit plugins | head`
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,28 @@
+"""`coatkit ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("audio", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1, 4096), help="Longest answer.")
+@click.option("--untrained", is_flag=True, help="Answer with the model as it was before training.")
+def command(run: Path, audio: Path, question: str, max_new_tokens: int, untrained: bool) -> None:
+    """Ask the trained model in RUN a QUESTION about the sound file AUDIO.
+
+    The thinking block is part of the prompt: it costs one prefill and no extra decoding.
+
+    \b
+    Example:
+      coatkit ask runs/quickstart sound.flac "Which instrument is playing?"
+    """
+    from coatkit.infer import load
+
+    model = load(run, trained=not untrained)
+    click.echo(model.ask(audio, question, max_new_tokens=max_new_tokens))

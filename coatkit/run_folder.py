@@ -1,0 +1,153 @@
+"""A run folder: everything a run depends on and everything that came out of it.
+
+    spec.yaml         the resolved spec         metrics.jsonl     one line per step
+    run.json          versions and digests      quarantine.jsonl  rows that were set aside
+    checkpoints/      see coatkit.checkpoint    skipped.jsonl     steps that gave NaN or Inf
+    tensorboard/      the curves
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coatkit import __version__, checkpoint
+from coatkit.errors import RunError
+
+FORMAT = 1
+_FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout")
+"""Keys that may differ on resume: they change no number."""
+
+
+class RunFolder:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
+        self.skipped = path / "skipped.jsonl"
+        self.spec = path / "spec.yaml"
+        self.record = path / "run.json"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = checkpoint.complete(self.checkpoints)
+        return found[-1] if found else None
+
+    def refuse_if_taken(self) -> None:
+        """Never write over a run.
+
+        Raises:
+            RunError: If a run is here already.
+        """
+        if self.record.exists():
+            raise RunError(
+                f"{self.path}: holds a run already.\n  Continue it with --resume, or name another folder with"
+                " --set output=..."
+            )
+
+    def start(self, spec: dict[str, Any], record: dict[str, Any]) -> None:
+        """Begin a run here.
+
+        Raises:
+            RunError: If the folder cannot be written.
+        """
+        self.refuse_if_taken()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.spec, yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
+            self.write_record(record)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+
+    def check_same(self, spec: dict[str, Any], record: dict[str, Any]) -> None:
+        """Check that a run here was made from the same spec, data and experts.
+
+        Raises:
+            RunError: Naming what differs.
+        """
+        before, then = self.read_spec(), self.read_record()
+        changed = [key for key in _differences(before, spec) if not key.startswith(_FREE_TO_CHANGE)]
+        for key in ("experts", "data"):
+            changed += [f"{key}.{k}" for k in _differences(then.get(key, {}), record.get(key, {}))]
+        if changed:
+            raise RunError(
+                f"{self.path}: this run was made from something else; changed since: {', '.join(changed[:8])}.\n"
+                "  Change it back, or start a new run with --set output=..."
+            )
+
+    def read_spec(self) -> dict[str, Any]:
+        try:
+            data = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.path}: is not a run folder: {self.spec.name}: {error}") from None
+        if not isinstance(data, dict):
+            raise RunError(f"{self.spec}: damaged: it holds no keys")
+        return data
+
+    def read_record(self) -> dict[str, Any]:
+        try:
+            data: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path}: is not a run folder: {self.record.name}: {error}") from None
+        if data.get("format") != FORMAT:
+            raise RunError(f"{self.record}: format {data.get('format')}, but this coatkit reads format {FORMAT}")
+        return data
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_atomic(self.record, json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop metrics of steps after `step`: they will be made again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            write_atomic(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a crash
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it there."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine a run was made with."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "soundfile", "soxr", "pydantic")
+    return {
+        "coatkit": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: version(name) for name in names},
+    }
+
+
+def _differences(old: Any, new: Any, at: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{at}.{i}")]
+    return [] if old == new else [at]

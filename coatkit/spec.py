@@ -1,0 +1,184 @@
+"""The spec: pydantic models of the YAML a run is made from. Imports no torch.
+
+Numbers the paper gives are named as the paper's; every other default is ours (docs/spec.md).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComponentSpec(BaseModel):
+    """A component by name, and its own options beside it (checked against the component's option model)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    use: str = Field(min_length=1, description="plugin name, ./file.py:Class or module:Class")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class HeadSpec(ComponentSpec):
+    """How thinking states become an expert's features."""
+
+    use: str = Field("transformer", min_length=1, description="head: transformer (paper) or linear, or your own")
+
+
+class ExpertSpec(ComponentSpec):
+    """A frozen teacher; its key is its name in stages and logs."""
+
+    use: str = Field("", description="expert to use; the key itself when left out")
+    head: HeadSpec | None = Field(None, description="head of this expert; the spec's `head` when left out")
+
+
+class ThinkingSpec(_Strict):
+    """The thinking block [start, think x L, end]."""
+
+    placement: Literal["response_prefix", "before_header"] = Field(
+        "response_prefix", description="after the assistant header (the forced prefix), or before it"
+    )
+    tokens_per_audio_token: float = Field(1.0, gt=0, le=4, description="thinking positions per audio token (paper: 1)")
+
+
+class DataSpec(_Strict):
+    """Where rows come from and what to do with bad ones. Paths are relative to the spec."""
+
+    train: str = Field(description="training rows, JSONL")
+    heldout: str | None = Field(None, description="rows kept out of training, JSONL, for `ask` and comparisons")
+    max_seconds: float = Field(120, gt=0, description="longest sound in seconds (paper: 120)")
+    on_bad_row: Literal["refuse", "quarantine"] = Field("refuse", description="stop at a bad row, or set it aside")
+    max_bad_rows: int = Field(100, ge=0, description="with quarantine: stop when more rows than this are bad")
+    workers: int = Field(0, ge=0, le=64, description="processes that prepare batches; 0 prepares in the trainer")
+
+
+class BatchSpec(_Strict):
+    """Rows of one optimizer step, over all devices."""
+
+    rows: int | None = Field(None, ge=1, description="fixed number of rows (paper: 16)")
+    tokens: int | None = Field(None, ge=1, description="budget of tokens; rows of like length are batched together")
+    accumulate: int = Field(1, ge=1, description="parts each device works through in turn, to save memory")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> BatchSpec:
+        if (self.rows is None) == (self.tokens is None):
+            raise ValueError("give either rows or tokens")
+        if self.rows is not None and self.accumulate > self.rows:
+            raise ValueError(f"accumulate: {self.accumulate} is more than rows: {self.rows}")
+        return self
+
+
+def _one_rate(value: Any) -> Any:
+    return {"default": value} if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+
+
+class StageSpec(_Strict):
+    """One stage of training: its steps, data, active experts and their weights."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name in logs and checkpoints")
+    steps: int = Field(ge=1, description="optimizer steps")
+    lr: Annotated[dict[str, Annotated[float, Field(gt=0, lt=10)]], BeforeValidator(_one_rate)] = Field(
+        description="peak learning rate, or a mapping of part (default, lora, tokens, projector, heads) to rate"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up, to 0")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    batch: BatchSpec = Field(BatchSpec(rows=16), description="rows or tokens per step")  # type: ignore[call-arg]
+    weights: dict[str, Weight] = Field({}, description="loss weight of each active expert; 0 or left out: inactive")
+    ce_weight: Weight = Field(1.0, description="weight of the response's cross-entropy")
+    train: str | None = Field(None, description="rows of this stage; data.train when left out")
+
+    @field_validator("lr")
+    @classmethod
+    def _has_default(cls, value: dict[str, float]) -> dict[str, float]:
+        if "default" not in value:
+            raise ValueError("needs a 'default' rate beside the named parts")
+        return value
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the experts that teach in this stage."""
+        return [name for name, weight in self.weights.items() if weight > 0]
+
+
+class OptimizerSpec(_Strict):
+    """AdamW."""
+
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moments")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    between_stages: Literal["reset", "keep"] = Field("reset", description="forget or carry the moments into a new stage")
+    max_skipped: int = Field(10, ge=0, description="stop when more steps than this gave NaN or Inf")
+
+
+class CheckpointSpec(_Strict):
+    """When training state is saved; it always is at the end of a stage and on SIGTERM or SIGINT."""
+
+    every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+
+
+def _thinking(value: Any) -> Any:
+    return None if value is False or value == "off" else value
+
+
+def _experts(value: Any) -> Any:
+    """Fill `use` with the expert's key, and read an empty entry (`panns:`) as no options."""
+    if not isinstance(value, dict):
+        return value
+    filled = {}
+    for name, entry in value.items():
+        entry = {} if entry is None else entry
+        filled[name] = {"use": str(name), **entry} if isinstance(entry, dict) else entry
+    return filled
+
+
+ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Spec(_Strict):
+    """A run: a backbone, some experts and a list of stages."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    backbone: ComponentSpec = Field(description="the audio language model")
+    thinking: Annotated[ThinkingSpec | None, BeforeValidator(_thinking)] = Field(
+        ThinkingSpec(),  # type: ignore[call-arg]
+        description="the thinking block; off gives plain supervised fine-tuning",
+    )
+    experts: Annotated[dict[ExpertName, ExpertSpec], BeforeValidator(_experts)] = Field({}, description="the teachers")
+    head: HeadSpec = Field(HeadSpec(), description="head of every expert that names none")  # type: ignore[call-arg]
+    data: DataSpec = Field(description="rows")
+    stages: list[StageSpec] = Field(min_length=1, description="trained one after another")
+    optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")  # type: ignore[call-arg]
+    checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")  # type: ignore[call-arg]
+    output: str = Field(min_length=1, description="run folder, relative to the spec")
+
+    @field_serializer("thinking")
+    def _off(self, value: ThinkingSpec | None) -> Any:
+        return "off" if value is None else value.model_dump()
+
+    def head_of(self, expert: str) -> HeadSpec:
+        """The head an expert gets."""
+        return self.experts[expert].head or self.head
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)

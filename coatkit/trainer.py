@@ -1,0 +1,300 @@
+"""The one training loop: every stage of a spec, on accelerate, resumable to the bit on CPU.
+
+Read `train` top to bottom: build, then for each stage make an optimizer over what learns in it, then for each step
+prepare, forward, backward, clip, step, log, and save now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from coatkit import checkpoint
+from coatkit.build import build
+from coatkit.checkpoint import Moments, Position
+from coatkit.data.batches import BatchPlan
+from coatkit.data.rows import JsonlRows
+from coatkit.data.steps import Scan, Step, StepDataset, scan
+from coatkit.errors import DataError, RunError
+from coatkit.model import CoatModel
+from coatkit.optimization import Stop, group_parameters, schedule
+from coatkit.progress import TrainingProgress
+from coatkit.run_folder import RunFolder
+from coatkit.run_record import describe, opening_lines
+from coatkit.spec import StageSpec
+from coatkit.spec_file import LoadedSpec
+from coatkit.thinking import IGNORE
+
+
+@dataclass
+class Result:
+    """How training ended: the run folder, where it stands, and whether all stages are done."""
+
+    folder: Path
+    position: Position
+    finished: bool
+
+
+@dataclass
+class Session:
+    """What the loop carries from step to step."""
+
+    loaded: LoadedSpec
+    accelerator: Accelerator
+    model: CoatModel
+    run: RunFolder
+    sources: dict[Path, tuple[JsonlRows, Scan]]
+    stop: Stop
+    position: Position = field(default_factory=Position)
+    moments: Moments = field(default_factory=dict)
+    bad_rows: int = 0
+
+    def __post_init__(self) -> None:
+        # Named before stages switch heads off, so that every checkpoint holds everything that ever learns.
+        self.names = frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)
+
+
+def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
+    """Train all stages of a spec, or continue where its run folder stands.
+
+    Raises:
+        RunError: If the folder holds another run, or too many steps gave NaN or Inf.
+        DataError: If rows are bad; names them.
+    """
+    spec = loaded.spec
+    run = RunFolder(loaded.output)
+    if not resume:
+        run.refuse_if_taken()
+    dtype = str(loaded.chosen["backbone"].options.get("dtype", "float32"))
+    accelerator = Accelerator(mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    torch.manual_seed(spec.seed)
+    if accelerator.device.type == "cpu":  # sums over threads in a fixed order: resuming is exact to the bit
+        torch.use_deterministic_algorithms(True)
+    model = build(loaded, str(accelerator.device))
+    for stage in spec.stages:
+        group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
+    sources = _read_data(loaded, model)
+    record = describe(loaded, model, {path: (rows, found) for path, (rows, found) in sources.items()})
+    with Stop() as stop:
+        session = Session(loaded, accelerator, model, run, sources, stop)
+        if resume and run.record.exists():
+            run.check_same(loaded.resolved(), record)
+            _restore(session)
+        elif accelerator.is_main_process:
+            run.start(loaded.resolved(), record)
+            _quarantine(session, [reason for _, found in sources.values() for _, reason in found.bad])
+        accelerator.wait_for_everyone()
+        begun, quiet = session.position.step, not accelerator.is_main_process
+        with (
+            SummaryWriter(str(run.path / "tensorboard"), purge_step=begun) as board,
+            TrainingProgress(spec.total_steps, begun, quiet) as progress,
+        ):
+            for line in opening_lines(loaded, record, begun):
+                progress.say(line)
+            while session.position.stage < len(spec.stages) and not stop.asked:
+                _train_stage(session, board, progress)
+        return Result(run.path, session.position, session.position.stage == len(spec.stages))
+
+
+def _train_stage(session: Session, board: SummaryWriter, progress: TrainingProgress) -> None:
+    """The rest of the stage the session stands in."""
+    spec, position, model = session.loaded.spec, session.position, session.model
+    stage, accelerator = spec.stages[position.stage], session.accelerator
+    for name, head in model.heads.items():
+        head.requires_grad_(name in stage.active)
+    groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
+    checkpoint.set_moments(optimizer, named, session.moments)
+    wrapped = accelerator.prepare(model)
+    model.train()
+    for step in _steps(session, stage):
+        started = time.perf_counter()
+        shape = schedule(stage, position.stage_step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * shape
+        terms = _accumulate(accelerator, wrapped, step, stage)
+        norm = float(accelerator.clip_grad_norm_(named.values(), spec.optimizer.clip_norm))
+        healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
+        if healthy:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        position.stage_step += 1
+        numbers = {**terms, "grad_norm": norm, "lr": stage.lr["default"] * shape, "rows": len(step.row_ids)}
+        _log(session, board, stage, {**numbers, "seconds": time.perf_counter() - started})
+        progress.step(position.step, stage.name, terms)
+        if not healthy:
+            _skip(session, step, terms, norm)
+        stopping = _agreed(accelerator, session.stop.asked)
+        last = position.stage_step == stage.steps
+        if last or stopping or position.stage_step % spec.checkpoint.every == 0:
+            session.moments |= checkpoint.optimizer_moments(optimizer, named)
+            if last:
+                position.stage, position.stage_step = position.stage + 1, 0
+                if spec.optimizer.between_stages == "reset":
+                    session.moments.clear()
+            _save(session)
+        if stopping:
+            session.stop.asked = True
+            return
+
+
+def _accumulate(accelerator: Accelerator, wrapped: nn.Module, step: Step, stage: StageSpec) -> dict[str, float]:
+    """Forward and backward of one step's batches; gives every loss term, and their weighted sum as `loss`.
+
+    Each term is divided by its count over all batches and devices, so splitting a step changes memory, not the loss.
+    """
+    counts = _counts(accelerator, step)
+    weights = {"ce": stage.ce_weight, **stage.weights}
+    terms: dict[str, Tensor] = {}
+    for i, batch in enumerate(step.batches):
+        with nullcontext() if i == len(step.batches) - 1 else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                losses = wrapped(batch, stage.active)
+            means = {k: v / counts["ce" if k == "ce" else "thinking"] for k, v in losses.sums.items()}
+            loss = sum((weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device))
+            # Gradients are averaged over devices, and the counts already run over all of them.
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, value in means.items():
+            terms[name] = terms.get(name, 0) + value.detach().float()
+    found = {name: float(accelerator.reduce(value, "sum")) for name, value in terms.items()}
+    if found:
+        found["loss"] = sum(weights[name.partition(".")[0]] * value for name, value in found.items())
+    return found
+
+
+def _counts(accelerator: Accelerator, step: Step) -> dict[str, int]:
+    """Answer tokens and thinking positions over all batches of all devices."""
+    answers = sum(int((b.inputs.labels[:, 1:] != IGNORE).sum()) for b in step.batches if b.inputs.labels is not None)
+    thinking = sum(int(b.inputs.think_lengths.sum()) for b in step.batches)
+    both = accelerator.reduce(torch.tensor([answers, thinking], device=accelerator.device), "sum")
+    return {"ce": max(1, int(both[0])), "thinking": max(1, int(both[1]))}
+
+
+def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
+    """The stage's remaining steps, prepared; bad rows are set aside and counted."""
+    spec, position = session.loaded.spec, session.position
+    rows, found = session.sources[session.loaded.path(stage.train or spec.data.train)]
+    plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
+    rates = {session.model.experts[name].sample_rate for name in stage.active}
+    dataset = StepDataset(
+        rows,
+        found.good,
+        plan,
+        session.model.backbone.preparer,
+        rates,
+        spec.data,
+        session.accelerator.process_index,
+        session.accelerator.num_processes,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(position.stage_step, stage.steps),
+        num_workers=spec.data.workers,
+        generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
+    )
+    for step in loader:
+        if step.error:
+            raise DataError(step.error)
+        _quarantine(session, step.bad)
+        yield step
+
+
+def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[Path, tuple[JsonlRows, Scan]]:
+    """Open and check every manifest the stages draw from."""
+    spec, preparer = loaded.spec, model.backbone.preparer
+    ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
+    sources: dict[Path, tuple[JsonlRows, Scan]] = {}
+    for path in {loaded.path(stage.train or spec.data.train): None for stage in spec.stages}:
+        rows = JsonlRows(path)
+        sources[path] = (rows, scan(rows, preparer, spec.data, ratio))
+    return sources
+
+
+def _quarantine(session: Session, reasons: list[str]) -> None:
+    """Write bad rows down, and stop when there are more than the spec allows."""
+    if not reasons:
+        return
+    with session.run.quarantine.open("a", encoding="utf-8") as stream:
+        for reason in reasons:
+            stream.write(json.dumps({"step": session.position.step, "reason": reason}, ensure_ascii=False) + "\n")
+    session.bad_rows += len(reasons)
+    limit = session.loaded.spec.data.max_bad_rows
+    if session.bad_rows > limit:
+        raise DataError(
+            f"{session.bad_rows} bad rows are more than data.max_bad_rows: {limit}; they are listed in"
+            f" {session.run.quarantine}. The last checkpoint is intact."
+        )
+
+
+def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) -> None:
+    """Count a step that gave NaN or Inf, or had no usable row, and write its rows down."""
+    session.position.skipped += 1
+    line = {"step": session.position.step, "rows": step.row_ids, "terms": {k: str(v) for k, v in terms.items()}}
+    with session.run.skipped.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({**line, "grad_norm": str(norm)}) + "\n")
+    limit = session.loaded.spec.optimizer.max_skipped
+    if session.position.skipped > limit:
+        raise RunError(
+            f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped: {limit};"
+            f" their rows are listed in {session.run.skipped}.\n  The last checkpoint is intact; try a lower learning rate."
+        )
+
+
+def _log(session: Session, board: SummaryWriter, stage: StageSpec, numbers: dict[str, float]) -> None:
+    """One line of metrics, and the same numbers for TensorBoard."""
+    if not session.accelerator.is_main_process:
+        return
+    position = session.position
+    where: dict[str, Any] = {"step": position.step, "stage": stage.name, "stage_step": position.stage_step}
+    finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}  # JSON has no NaN
+    with session.run.metrics.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({**where, **finite}) + "\n")
+    for name, value in numbers.items():
+        board.add_scalar(name.replace(".", "/"), value, position.step)
+
+
+def _save(session: Session) -> None:
+    """A checkpoint of everything that learns and of where training stands."""
+    if session.accelerator.is_main_process:
+        checkpoint.save(
+            session.run.checkpoints,
+            session.model,
+            session.names,
+            session.moments,
+            session.position,
+            session.loaded.spec.checkpoint.keep,
+        )
+    session.accelerator.wait_for_everyone()
+
+
+def _restore(session: Session) -> None:
+    """Go back to the newest checkpoint; without one the run begins again."""
+    newest = session.run.latest()
+    if newest is not None:
+        session.position = checkpoint.load_position(newest)
+        checkpoint.load_model(newest, session.model, session.names)
+        session.moments, random = checkpoint.load_moments(newest)
+        checkpoint.restore_random(random)
+    if session.accelerator.is_main_process:
+        session.run.cut_metrics(session.position.step)
+
+
+def _agreed(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any device was asked to stop; all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(int(asked), device=accelerator.device), "sum"))

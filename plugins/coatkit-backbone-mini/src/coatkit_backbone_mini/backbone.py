@@ -1,0 +1,49 @@
+"""The `mini` backbone: coatkit's transformers adapter over the weights folder this package makes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer
+from coatkit.backbones import whisper
+from coatkit.spec import ThinkingSpec
+from coatkit_backbone_mini.convert import prepare_weights
+from coatkit_backbone_mini.loading import load_model, load_processor
+from coatkit_backbone_mini.options import Options
+from coatkit_backbone_mini.tokens import SOUND
+
+
+class MiniPreparer(HFPreparer):
+    """SmolLM2's chat template and Whisper's log-mel in 30 s windows; any length up to the language model's context."""
+
+    # 8192 positions hold the sound twice (heard and thought about) and leave 500 for text.
+    max_seconds = 150.0
+
+    def __init__(self, tokenizer: Any, extractor: Any, thinking: ThinkingSpec | None) -> None:
+        super().__init__(tokenizer, thinking, SOUND)
+        self.extractor = extractor
+
+    def audio_tokens(self, samples: int) -> int:
+        return whisper.audio_tokens(samples)
+
+    def audio_features(self, audio: AudioBatch) -> tuple[dict[str, Tensor], list[int]]:
+        return whisper.windowed_features(self.extractor, audio)
+
+
+class MiniBackbone(HFBackbone):
+    """Whisper tiny.en and SmolLM2-135M-Instruct; keyword arguments are the fields of `Options`."""
+
+    options_type: ClassVar[type[BackboneOptions]] = Options
+
+    def build(self, dtype: torch.dtype) -> tuple[nn.Module, HFPreparer]:
+        assert isinstance(self.options, Options)
+        folder = prepare_weights(self.options)
+        model = load_model(folder, dtype)
+        whisper.allow_short_windows(model.model.audio_tower)
+        return model, MiniPreparer(*load_processor(folder), self.thinking)
+
+    def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
+        return whisper.valid_frames(output, tokens["input_features_mask"])

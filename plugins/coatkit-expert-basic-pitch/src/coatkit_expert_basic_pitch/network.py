@@ -1,0 +1,94 @@
+"""The contour branch of basic-pitch 0.4.0 in PyTorch, written from the graph of its ONNX model.
+
+Samples -> constant-Q transform -> log power -> harmonic stack -> contour1 (z) -> contour2 (pitch logits, h). The note
+and onset branches come after these and are not needed here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = 8
+"""Channels of z: as many as the harmonic stack has copies."""
+PITCH_BINS = 264
+"""Bins of z and of the pitch logits, three per semitone: bin b is 27.5 * 2 ** ((b - 1) / 36) Hz, 440 Hz is bin 145."""
+
+_OCTAVES = 9
+_BINS_PER_OCTAVE = 36
+_CQT_BINS = 309
+"""The top bins that are kept of the 9 * 36 computed: 264 and the 45 that the highest harmonics reach above them."""
+_CQT_LENGTH = 256
+"""Samples in each of the 36 kernels; the same ones serve every octave, after halving the rate."""
+_CQT_HOP = 256
+_SHIFTS = (-36, 0, 36, 57, 72, 84, 93, 101)
+"""Bins to the harmonics 0.5, 1, 2, ..., 7."""
+
+
+class Network(nn.Module):
+    """Samples [W, N] at 22,050 Hz to z [W, 8, L, 264] and pitch logits [W, L, 264], L = 1 + N // 256.
+
+    N is 43,844 upstream (L = 172); the log power is scaled to [0, 1] over each window, so z depends on where windows
+    lie. A silent window gives finite values: its scaled power is 0.
+    """
+
+    cqt_real: Tensor
+    cqt_imag: Tensor
+    lowpass: Tensor
+    bin_scale: Tensor
+    norm_scale: Tensor
+    norm_shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cqt_real", torch.zeros(_BINS_PER_OCTAVE, 1, _CQT_LENGTH))
+        self.register_buffer("cqt_imag", torch.zeros(_BINS_PER_OCTAVE, 1, _CQT_LENGTH))
+        self.register_buffer("lowpass", torch.zeros(1, 1, _CQT_LENGTH))
+        self.register_buffer("bin_scale", torch.ones(_CQT_BINS))
+        self.register_buffer("norm_scale", torch.ones(1))
+        self.register_buffer("norm_shift", torch.zeros(1))
+        self.contour1 = nn.Conv2d(CHANNELS, CHANNELS, (3, 39), padding=(1, 19))
+        self.contour2 = nn.Conv2d(CHANNELS, 1, (5, 5), padding=(2, 2))
+
+    def cqt_power(self, samples: Tensor) -> Tensor:
+        """Constant-Q power of samples [W, N]: [W, L, 309], lowest bin first."""
+        signal = samples[:, None]
+        hop = _CQT_HOP
+        octaves = []
+        for octave in range(_OCTAVES):
+            if octave > 0:
+                signal = F.conv1d(F.pad(signal, (127, 127)), self.lowpass, stride=2)
+                hop //= 2
+            padded = F.pad(signal, (_CQT_LENGTH // 2, _CQT_LENGTH // 2), mode="reflect")
+            real = F.conv1d(padded, self.cqt_real, stride=hop)
+            imag = F.conv1d(padded, self.cqt_imag, stride=hop)
+            octaves.append(real.square() + imag.square())
+        power = torch.cat(octaves[::-1], dim=1)[:, -_CQT_BINS:]
+        return power.transpose(1, 2) * self.bin_scale.square()
+
+    def harmonics(self, samples: Tensor) -> Tensor:
+        """Harmonic stack of samples [W, N]: [W, 8, L, 264], each channel the log power shifted by one harmonic."""
+        level = 10 * torch.log10(self.cqt_power(samples) + 1e-10)
+        level = level - level.amin((1, 2), keepdim=True)
+        top = level.amax((1, 2), keepdim=True)
+        level = level / torch.where(top == 0, 1.0, top)
+        level = level * self.norm_scale + self.norm_shift
+        # Zeros are padded after the normalisation, as in the graph: 0 is a middling level there, not silence.
+        below = -_SHIFTS[0]
+        level = F.pad(level, (below, PITCH_BINS + _SHIFTS[-1] - _CQT_BINS))
+        return torch.stack([level[..., s + below : s + below + PITCH_BINS] for s in _SHIFTS], dim=1)
+
+    def contour_features(self, harmonics: Tensor) -> Tensor:
+        """z: the ReLU output of contour1, from a harmonic stack [W, 8, L, 264] to the same shape."""
+        return F.relu(self.contour1(harmonics))
+
+    def pitch_logits(self, features: Tensor) -> Tensor:
+        """h: logits [W, L, 264] of z [W, 8, L, 264]; sigmoid gives upstream's contour. Sees two frames each way."""
+        logits: Tensor = self.contour2(features)
+        return logits[:, 0]
+
+    def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """z and pitch logits of samples [W, N]."""
+        features = self.contour_features(self.harmonics(samples))
+        return features, self.pitch_logits(features)
