@@ -1,9 +1,9 @@
 """Expert frames at any rate to thinking positions, by time.
 
-Position i of a sound covers [i / R, (i + 1) / R) seconds, R being thinking positions per second (25 in the paper). Expert
-frame k covers [offset + k / r, offset + (k + 1) / r). An expert faster than R is averaged over the overlap of the two
-intervals; a slower one is interpolated linearly between frame centres, or repeated. Beyond an expert's last valid frame
-its last frame is held, so padding never leaks in.
+Position i of a sound covers [i / R, (i + 1) / R) seconds, R being thinking positions per second (25 in the paper).
+Expert frame k covers [offset + k / r, offset + (k + 1) / r). An expert faster than R is averaged over
+the overlap of the two intervals; a slower one is interpolated linearly between frame centres, or repeated.
+Beyond an expert's last valid frame its last frame is held, so padding never leaks in.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def align(
 
 
 def _overlap(start: Tensor, step: float, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and weights [A, positions, K] of the frames each position overlaps, clipped to each sound's valid frames."""
+    """Indices and weights [A, positions, K] of the frames each position overlaps, clipped to the valid ones."""
     count = int(step) + 2
     first = start.floor()
     frame = first[:, None] + torch.arange(count, device=start.device, dtype=torch.float64)  # [positions, K]

@@ -69,7 +69,9 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
     return expert
 
 
-def load_head(component: Component, options: Mapping[str, Any], hidden_size: int, dim: int, seed: int, name: str) -> Head:
+def load_head(
+    component: Component, options: Mapping[str, Any], hidden_size: int, dim: int, seed: int, name: str
+) -> Head:
     """A head for one expert, its start fixed by the seed and the expert's name."""
     with seeded(seed, f"head {name}"):
         head: Head = construct(component, hidden_size, dim, **options)

@@ -17,5 +17,7 @@ class TransformerHeadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     heads: int = Field(8, ge=1, description="attention heads; must divide the backbone's width")
-    feedforward: float = Field(4.0, gt=0, description="width of the feed-forward layer, as a multiple of the backbone's")
+    feedforward: float = Field(
+        4.0, gt=0, description="width of the feed-forward layer, as a multiple of the backbone's"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the block")

@@ -22,8 +22,8 @@ class LinearHead(Head):
 class TransformerHead(Head):
     """One pre-norm Transformer block over a sound's thinking states, then a linear map (paper section 3).
 
-    Attention stays within one sound and ignores padding. There is no positional encoding of its own: the states come from
-    a causal language model and carry their position.
+    Attention stays within one sound and ignores padding. There is no positional encoding of its own: the states come
+    from a causal language model and carry their position.
 
     Raises:
         ValueError: If `heads` does not divide `hidden_size`.

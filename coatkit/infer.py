@@ -141,7 +141,9 @@ def load_backbone(
     return build.load_backbone(component, checked, settings, seed, device or best_device())
 
 
-def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: str | None = None, **options: Any) -> Expert:
+def load_expert(
+    name_or_use: str, *, backbone: Backbone | None = None, device: str | None = None, **options: Any
+) -> Expert:
     """An expert by plugin name, `./file.py:Class` or `module:Class`, with its weights.
 
     Args:

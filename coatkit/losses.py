@@ -1,4 +1,5 @@
-"""Masked losses shared by experts: every one is a mean over valid positions, so that batches can be re-weighted exactly.
+"""Masked losses shared by experts: every one is a mean over valid positions, so that batches can be re-weighted
+exactly.
 
 Shapes: prediction and target [A, L, d], mask [A, L] bool. Sums run in float32.
 """

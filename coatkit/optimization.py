@@ -19,8 +19,8 @@ def group_parameters(
 ) -> tuple[list[dict[str, Any]], dict[str, nn.Parameter]]:
     """AdamW groups of what learns in a stage, each with its `peak` rate, and the same parameters by name.
 
-    A part's rate is `lr[part]`, for heads `lr[heads.NAME]` or `lr[heads]`, else `lr[default]`. Vectors (biases, norms) get
-    no weight decay.
+    A part's rate is `lr[part]`, for heads `lr[heads.NAME]` or `lr[heads]`, else `lr[default]`. Vectors (biases,
+    norms) get no weight decay.
 
     Raises:
         RunError: If `lr` names a part that nothing trainable belongs to.
@@ -35,7 +35,7 @@ def group_parameters(
         raise RunError(
             f"stage {stage.name!r}: lr names {', '.join(unknown)}, but what learns is: {', '.join(sorted(known))}"
         )
-    groups = []
+    groups: list[dict[str, Any]] = []
     for part, parameters in parts.items():
         rate = stage.lr.get(part, stage.lr.get(part.partition(".")[0], stage.lr["default"]))
         for decay, chosen in (
@@ -77,7 +77,9 @@ class Stop:
                 break
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

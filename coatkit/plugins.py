@@ -68,7 +68,7 @@ class Component:
     version: str = ""
 
     def option_names(self) -> list[str] | None:
-        """Names of the options a user's class takes, read from its source; None when they cannot be known unimported."""
+        """Names of the options a user's class takes, read from its source; None when that does not tell."""
         if self.manifest is None and (path := self.source_file()) is not None:
             return _init_keywords(path, self.target.rpartition(":")[2])
         return None

@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar with rate and remaining time on a terminal, a line now and then elsewhere."""
+"""What a person sees while training: a bar with rate and time left, or lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def say(self, text: str) -> None:

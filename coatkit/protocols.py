@@ -107,8 +107,8 @@ class BackboneAudio:
 class Expert(ABC):
     """A frozen audio encoder that teaches: it turns sound into target features and owns the loss against them.
 
-    Subclass it, set `sample_rate`, `frame_rate` and `dim`, and write `encode`. The keyword arguments of `__init__` are the
-    options a spec may give. CoAT distils each expert at the thinking positions (paper section 3).
+    Subclass it, set `sample_rate`, `frame_rate` and `dim`, and write `encode`. The keyword arguments of `__init__`
+    are the options a spec may give. CoAT distils each expert at the thinking positions (paper section 3).
     """
 
     sample_rate: int = 16_000
@@ -137,7 +137,8 @@ class Expert(ABC):
         """Features of each sound, called under `torch.no_grad()`: values [A, L, dim], lengths [A], frame_rate."""
 
     def loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Named loss terms of a prediction, each a mean over the positions in `mask`; they are logged one by one and summed.
+        """Named loss terms of a prediction, each a mean over the positions in `mask`; they are logged one by one and
+        summed.
 
         Args:
             predicted: [A, L, dim] head output, float32, with gradient.
@@ -147,7 +148,7 @@ class Expert(ABC):
         return {"mse": masked_mse(predicted, target, mask)}
 
     def fingerprint(self) -> str:
-        """Identity of the features: class, settings and weights. Runs record it and the feature store is keyed by it."""
+        """Identity of the features: class, settings and weights. Runs record it; a feature store is keyed by it."""
         digest = hashlib.sha256(f"{type(self).__module__}:{type(self).__qualname__}".encode())
         for key, value in sorted(vars(self).items()):
             if isinstance(value, nn.Module):
@@ -248,7 +249,8 @@ class Preparer(ABC):
         """Tokenise, expand placeholders, splice the thinking block, label the response.
 
         Args:
-            rows: B rows. When `train` is False the final assistant turn, if any, is left out and the inputs end where the
+            rows: B rows. When `train` is False the final assistant turn, if any, is left out and the inputs end where
+            the
                 answer begins (left-padded).
             audio: The rows' audios in order, at `sample_rate`; None when no row has one.
             train: Whether labels are wanted (right-padded).

@@ -1,9 +1,9 @@
 """A run folder: everything a run depends on and everything that came out of it.
 
-    spec.yaml         the resolved spec         metrics.jsonl     one line per step
-    run.json          versions and digests      quarantine.jsonl  rows that were set aside
-    checkpoints/      see coatkit.checkpoint    skipped.jsonl     steps that gave NaN or Inf
-    tensorboard/      the curves
+spec.yaml         the resolved spec         metrics.jsonl     one line per step
+run.json          versions and digests      quarantine.jsonl  rows that were set aside
+checkpoints/      see coatkit.checkpoint    skipped.jsonl     steps that gave NaN or Inf
+tensorboard/      the curves
 """
 
 from __future__ import annotations

@@ -18,7 +18,11 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[Path, tuple[
     """The contents of run.json."""
     components = {}
     for place, chosen in loaded.chosen.items():
-        entry = {"use": chosen.component.use, "from": chosen.component.distribution, "version": chosen.component.version}
+        entry = {
+            "use": chosen.component.use,
+            "from": chosen.component.distribution,
+            "version": chosen.component.version,
+        }
         source = chosen.component.source_file()
         if source is not None:
             entry["sha256"] = file_fingerprint(source)

@@ -99,7 +99,7 @@ class StageSpec(_Strict):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up, to 0")
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
-    batch: BatchSpec = Field(BatchSpec(rows=16), description="rows or tokens per step")  # type: ignore[call-arg]
+    batch: BatchSpec = Field(BatchSpec(rows=16), description="rows or tokens per step")
     weights: dict[str, Weight] = Field({}, description="loss weight of each active expert; 0 or left out: inactive")
     ce_weight: Weight = Field(1.0, description="weight of the response's cross-entropy")
     train: str | None = Field(None, description="rows of this stage; data.train when left out")
@@ -124,7 +124,9 @@ class OptimizerSpec(_Strict):
     eps: float = Field(1e-8, gt=0, description="added to the denominator")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
-    between_stages: Literal["reset", "keep"] = Field("reset", description="forget or carry the moments into a new stage")
+    between_stages: Literal["reset", "keep"] = Field(
+        "reset", description="forget or carry the moments into a new stage"
+    )
     max_skipped: int = Field(10, ge=0, description="stop when more steps than this gave NaN or Inf")
 
 
@@ -160,15 +162,15 @@ class Spec(_Strict):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     backbone: ComponentSpec = Field(description="the audio language model")
     thinking: Annotated[ThinkingSpec | None, BeforeValidator(_thinking)] = Field(
-        ThinkingSpec(),  # type: ignore[call-arg]
+        ThinkingSpec(),
         description="the thinking block; off gives plain supervised fine-tuning",
     )
     experts: Annotated[dict[ExpertName, ExpertSpec], BeforeValidator(_experts)] = Field({}, description="the teachers")
-    head: HeadSpec = Field(HeadSpec(), description="head of every expert that names none")  # type: ignore[call-arg]
+    head: HeadSpec = Field(HeadSpec(), description="head of every expert that names none")
     data: DataSpec = Field(description="rows")
     stages: list[StageSpec] = Field(min_length=1, description="trained one after another")
-    optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")  # type: ignore[call-arg]
-    checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")  # type: ignore[call-arg]
+    optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")
+    checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")
     output: str = Field(min_length=1, description="run folder, relative to the spec")
 
     @field_serializer("thinking")

@@ -93,7 +93,11 @@ def load_spec(path: Path, overrides: Sequence[str] = (), *, need_data: bool = Tr
     except ValidationError as error:
         raise SpecError([reader.problem(e, Spec) for e in error.errors()]) from None
     loaded = LoadedSpec(spec, path.resolve().parent)
-    problems = [*_resolve(loaded, reader), *(_check_files(loaded, reader) if need_data else ()), *_check_stages(loaded, reader)]
+    problems = [
+        *_resolve(loaded, reader),
+        *(_check_files(loaded, reader) if need_data else ()),
+        *_check_stages(loaded, reader),
+    ]
     if problems:
         raise SpecError(problems)
     return loaded
@@ -261,7 +265,10 @@ def _check_options(
 def _check_files(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
     """Files the spec names must be there."""
     spec = loaded.spec
-    files: list[tuple[Path_, str | None]] = [(("data", "train"), spec.data.train), (("data", "heldout"), spec.data.heldout)]
+    files: list[tuple[Path_, str | None]] = [
+        (("data", "train"), spec.data.train),
+        (("data", "heldout"), spec.data.heldout),
+    ]
     files += [(("stages", i, "train"), stage.train) for i, stage in enumerate(spec.stages)]
     for path, text in files:
         if text is not None and not loaded.path(text).is_file():

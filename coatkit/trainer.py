@@ -164,7 +164,9 @@ def _accumulate(accelerator: Accelerator, wrapped: nn.Module, step: Step, stage:
             with accelerator.autocast():
                 losses = wrapped(batch, stage.active)
             means = {k: v / counts["ce" if k == "ce" else "thinking"] for k, v in losses.sums.items()}
-            loss = sum((weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device))
+            loss = sum(
+                (weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device)
+            )
             # Gradients are averaged over devices, and the counts already run over all of them.
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in means.items():
@@ -249,8 +251,9 @@ def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) ->
     limit = session.loaded.spec.optimizer.max_skipped
     if session.position.skipped > limit:
         raise RunError(
-            f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped: {limit};"
-            f" their rows are listed in {session.run.skipped}.\n  The last checkpoint is intact; try a lower learning rate."
+            f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped:"
+            f" {limit}; their rows are listed in {session.run.skipped}.\n"
+            "  The last checkpoint is intact; try a lower learning rate."
         )
 
 

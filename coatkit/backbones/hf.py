@@ -1,9 +1,9 @@
 """One adapter for transformers' audio language models: hooks instead of a rewritten forward.
 
-Every such model embeds its tokens, scatters audio embeddings over the placeholders, runs a decoder and ends in `lm_head`.
-Four hooks reach all we need without touching model code: the embedding's output gets the three thinking rows, the
-decoder's input shows what the language model consumes, the tower's output is kept for reconstruction, and `lm_head` sees
-only the positions whose logits are wanted.
+Every such model embeds its tokens, scatters audio embeddings over the placeholders, runs a decoder and ends in
+`lm_head`. Four hooks reach all we need without touching model code: the embedding's output gets the three thinking
+rows, the decoder's input shows what the language model consumes, the tower's output is kept for reconstruction, and
+`lm_head` sees only the positions whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ThinkingRows(nn.Module):
     """The embeddings of the three added tokens, [3, d], apart from the frozen embedding matrix.
 
-    A parameter of its own costs nothing per step; training rows inside the matrix would make a dense gradient for all of
-    it (facts: 0.19 against 0.013 s for 40 k x 1024).
+    A parameter of its own costs nothing per step; training rows inside the matrix would make a dense gradient for all
+    of it (facts: 0.19 against 0.013 s for 40 k x 1024).
     """
 
     def __init__(self, embedding: Tensor, first: int) -> None:
@@ -68,13 +68,14 @@ class HFBackbone(Backbone):
     def __init__(self, *, thinking: ThinkingSpec | None = ThinkingSpec(), **options: Any) -> None:  # noqa: B008
         self.thinking = thinking
         self.options = self.options_type(**options)
+        self.preparer: HFPreparer
         self._embeds: Tensor | None = None
         self._tower: Tensor | None = None
         self._hidden: Tensor | None = None
         self._project_directly = False
 
     @abstractmethod
-    def build(self, dtype: torch.dtype) -> tuple[nn.Module, HFPreparer]:
+    def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         """The stock model with its weights in `dtype`, and the preparer; called once, by `load`."""
 
     @abstractmethod
@@ -82,24 +83,25 @@ class HFBackbone(Backbone):
         """The tower's output for all sounds in order without padding, [sum of audio tokens, d_tower]."""
 
     def load(self, device: torch.device) -> None:
-        model, preparer = self.build(DTYPES[self.options.dtype])
-        self.model, self.preparer = model.to(device), preparer
+        stock, self.preparer = self.build(DTYPES[self.options.dtype])
+        self.stock: Any = stock.to(device)
+        self.model = model = self.stock
         model.requires_grad_(False)
         self.language_model = model.get_submodule(self.language_model_path)
         self.tower = model.get_submodule(self.tower_path)
         self.projector = model.get_submodule(self.projector_path)
-        embedding = model.get_input_embeddings()
+        embedding: Any = model.get_input_embeddings()
         self.hidden_size = int(embedding.weight.shape[1])
         self._choose_what_learns(embedding)
         self._hook(embedding)
         if self.options.gradient_checkpointing:
             # On the language model only: from the top, the frozen tower would be recomputed too.
             self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train = self._train_mode  # type: ignore[method-assign]
+        model.train = self._train_mode
         self.audio_dims = {"consumed": self.hidden_size, "tower": self._tower_width()}
 
-    def _choose_what_learns(self, embedding: nn.Module) -> None:
-        train, model = self.options.train, self.model
+    def _choose_what_learns(self, embedding: Any) -> None:
+        train, model = self.options.train, self.stock
         if train.lm == "lora":
             self._add_lora()
         elif train.lm == "full":
@@ -111,7 +113,7 @@ class HFBackbone(Backbone):
         embedding.requires_grad_(train.tokens == "all")
         rows = ThinkingRows(embedding.weight, self.preparer.tokens.start).to(embedding.weight.device)
         rows.requires_grad_(train.tokens != "none" and self.thinking is not None)
-        model.thinking_rows = rows
+        self.thinking_rows = model.thinking_rows = rows
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # what learns stays in float32; autocast narrows per operation
@@ -131,7 +133,7 @@ class HFBackbone(Backbone):
 
     def _hook(self, embedding: nn.Module) -> None:
         def add_rows(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self.model.thinking_rows.replace(args[0], output)  # type: ignore[operator, union-attr, no-any-return]
+            return self.thinking_rows.replace(args[0], output)
 
         def see_embeds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._embeds = kwargs.get("inputs_embeds")
@@ -148,7 +150,7 @@ class HFBackbone(Backbone):
         embedding.register_forward_hook(add_rows)
         self.language_model.register_forward_pre_hook(see_embeds, with_kwargs=True)
         self.tower.register_forward_hook(see_tower)
-        self.model.get_output_embeddings().register_forward_pre_hook(narrow)
+        self.stock.get_output_embeddings().register_forward_pre_hook(narrow)
 
     def _train_mode(self, mode: bool = True) -> nn.Module:
         """`model.train`, but a frozen tower stays in evaluation mode: no dropout in what is the teacher's input."""
@@ -185,7 +187,7 @@ class HFBackbone(Backbone):
         # Logits at answer positions only: with a 150 k vocabulary the rest would be most of the step's memory.
         self._project_directly = True
         try:
-            logits = self.model.get_output_embeddings()(hidden[:, :-1][wanted])
+            logits = self.stock.get_output_embeddings()(hidden[:, :-1][wanted])
         finally:
             self._project_directly = False
         return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
@@ -214,7 +216,7 @@ class HFBackbone(Backbone):
         inputs = inputs.to(next(self.model.parameters()).device)
         tokens = self._cast(inputs.tokens)
         with self._capturing():
-            out = self.model.generate(  # type: ignore[operator]
+            out = self.stock.generate(
                 **tokens,
                 max_new_tokens=max_new_tokens,
                 do_sample=options.pop("do_sample", False),

@@ -39,7 +39,7 @@ class BackboneOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights")
-    lora: LoraOptions = LoraOptions()  # type: ignore[call-arg]
-    train: TrainOptions = TrainOptions()  # type: ignore[call-arg]
+    lora: LoraOptions = LoraOptions()
+    train: TrainOptions = TrainOptions()
     gradient_checkpointing: bool = Field(False, description="recompute language-model layers in the backward pass")
     weights: str = Field("default", description="`default`, `random` (tests only; announced), or a local folder")

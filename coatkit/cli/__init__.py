@@ -1,4 +1,4 @@
-"""The command line. Commands are imported when run, so `coatkit --help` loads neither torch nor pydantic nor a plugin."""
+"""The command line. Commands are imported when run, so `coatkit --help` loads no torch, pydantic or plugin."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def command(what: str) -> None:
       coatkit fetch examples/quickstart/spec.yaml
       coatkit fetch mini
     """
-    from coatkit.assets import asset_path, fetch
+    from coatkit.assets import Progress, asset_path, fetch
 
     wanted = _of_spec(Path(what)) if what.endswith((".yaml", ".yml")) else _of_name(what)
     if not wanted:
@@ -29,7 +30,8 @@ def command(what: str) -> None:
         size = f", {asset.size / 1e6:.0f} MB" if asset.size else ""
         there = asset_path(owner, asset).exists()
         click.echo(f"{owner}: {asset.name} ({asset.licence}{size}): {'in the cache' if there else 'fetching'}")
-        fetch(owner, asset, _show if click.get_text_stream("stderr").isatty() else None)
+        show: Progress | None = _show if sys.stderr.isatty() else None
+        fetch(owner, asset, show)
 
 
 def _show(name: str, done: int, total: int | None) -> None:

@@ -24,7 +24,7 @@ def duration(ref: AudioRef) -> float:
     except (soundfile.SoundFileError, OSError, RuntimeError) as error:
         raise DataError(f"{ref.path}: cannot be opened as sound: {_reason(ref, error)}") from None
     start, stop = _frames(ref, info.samplerate, info.frames)
-    return (stop - start) / info.samplerate
+    return (stop - start) / int(info.samplerate)
 
 
 def read(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:

@@ -1,7 +1,7 @@
 """The batch plan: which rows each step trains on, as a pure function of costs, seed and step.
 
-Because nothing is drawn as training goes, a run resumes exactly from a step number, and the number of workers or devices
-changes no row's place.
+Because nothing is drawn as training goes, a run resumes exactly from a step number, and the number of workers or
+devices changes no row's place.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A row: `{"id": ..., "messages": [{"role": "user", "content": "<audio>What is heard?"}, {"role": "assistant", ...}],
 "audio": "a.flac", "start": 0.0, "end": 2.5, ...}`. Several sounds go in `audios`, a list of paths or of
-`{"path", "start", "end"}`. Each `<audio>` tag in a user message places one sound, in order; a row with sounds and no tag
-gets its tags at the start of the first user message. Times are seconds. Other keys are kept as labels.
+`{"path", "start", "end"}`. Each `<audio>` tag in a user message places one sound, in order; a row with sounds and no
+tag gets its tags at the start of the first user message. Times are seconds. Other keys are kept as labels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def parse_row(data: Any, where: str, folder: Path) -> Row:
         messages.append(Message(role, content))
     if not any(m.role == "user" for m in messages):
         raise fail("'messages' needs a user turn")
-    for i, (message, after) in enumerate(zip(messages, messages[1:], strict=False)):
+    for i, (message, after) in enumerate(pairwise(messages)):
         if message.role == after.role:
             raise fail(f"messages[{i}] and messages[{i + 1}] are both from the {message.role}")
     audios = _audios(extra, folder, fail)

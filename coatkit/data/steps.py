@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
-from coatkit.data.rows import JsonlRows, Row
+from coatkit.data.rows import AudioRef, JsonlRows, Row
 from coatkit.errors import DataError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
 from coatkit.spec import DataSpec
@@ -98,7 +98,7 @@ def scan(rows: JsonlRows, preparer: Preparer, data: DataSpec, thinking: float) -
     return Scan(costs, seconds, bad)
 
 
-def _duration(row: Row, ref: sound.AudioRef) -> float:
+def _duration(row: Row, ref: AudioRef) -> float:
     try:
         return sound.duration(ref)
     except DataError as error:

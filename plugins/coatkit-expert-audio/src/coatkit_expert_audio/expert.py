@@ -27,7 +27,9 @@ class AudioFeatures(Expert):
         self.sample_rate = backbone.preparer.sample_rate
         self.frame_rate = backbone.preparer.frame_rate
         if self.target not in backbone.audio_dims:
-            raise ValueError(f"target {self.target!r} is not offered by this backbone, only {list(backbone.audio_dims)}")
+            raise ValueError(
+                f"target {self.target!r} is not offered by this backbone, only {list(backbone.audio_dims)}"
+            )
         self.dim = backbone.audio_dims[self.target]
         self.source = type(backbone).__qualname__
 
