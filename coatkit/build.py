@@ -53,15 +53,20 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
     """An expert with its weights on `device`.
 
     Raises:
-        PluginError: If it leaves `dim` or `frame_rate` unset, or needs a backbone and there is none.
+        PluginError: If it cannot be loaded, leaves `dim` or `frame_rate` unset, or needs a backbone and there is none.
     """
     expert: Expert = construct(component, **options)
-    if backbone is not None:
-        expert.bind(backbone)
-    elif expert.uses_backbone:
+    if backbone is None and expert.uses_backbone:
         raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
-    with seeded(0, f"expert {component.use}"):
-        expert.load(torch.device(device), torch.float32)
+    try:
+        if backbone is not None:
+            expert.bind(backbone)
+        with seeded(0, f"expert {component.use}"):
+            expert.load(torch.device(device), torch.float32)
+    except CoatkitError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{component.use}: cannot be loaded: {type(error).__name__}: {error}") from error
     for name in ("sample_rate", "frame_rate", "dim"):
         value = getattr(expert, name, None)
         if not isinstance(value, int | float) or value <= 0:

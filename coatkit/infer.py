@@ -72,7 +72,11 @@ class AudioThinker:
     def _samples(self, audio: AudioLike, row: Row) -> sound.Samples:
         preparer = self.backbone.preparer
         if isinstance(audio, tuple):
+            if np.issubdtype(np.asarray(audio[0]).dtype, np.integer):
+                raise row.fail("samples must be floats in about [-1, 1]; divide 16-bit integers by 32768")
             samples, rate = np.asarray(audio[0], dtype=np.float32), int(audio[1])
+            if rate < 1:
+                raise row.fail(f"the sample rate must be in Hz, got {audio[1]}")
             if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
                 raise row.fail(f"samples must be a non-empty finite mono signal [N], got shape {samples.shape}")
         else:

@@ -26,7 +26,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mse(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over valid positions and features (paper section 3, representational experts)."""
+    """Mean squared error over valid positions and features (paper section 3, representational experts).
+
+    Raises:
+        ValueError: If the shapes differ; broadcasting would hide an expert whose `dim` is wrong.
+    """
+    if predicted.shape != target.shape:
+        raise ValueError(f"predicted {tuple(predicted.shape)} does not match target {tuple(target.shape)}")
     return masked_mean((predicted.float() - target.float()) ** 2, mask)
 
 

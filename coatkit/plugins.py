@@ -11,11 +11,14 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
+import os
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,7 @@ class Component:
         if self.manifest is not None:
             return None
         top, *rest = place.split(".")
-        found = importlib.util.find_spec(top)
+        found = _find_module(top)
         if found is None or found.origin is None:
             return None
         path = Path(found.origin).parent.joinpath(*rest) if rest else Path(found.origin)
@@ -118,13 +121,14 @@ class Component:
         place, _, name = reference.rpartition(":")
         try:
             module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-            return getattr(module, name)
-        except AttributeError as error:
-            raise PluginError(f"{self.use}: there is no {name!r} in {place}") from error
-        except Exception as error:  # anything can happen in foreign code; it is named, not passed on bare
+        except (Exception, SystemExit) as error:  # anything can happen in foreign code; it is named, not passed on bare
             raise PluginError(
                 f"{self.use}: importing {reference} (from {self.distribution}) failed: {type(error).__name__}: {error}"
             ) from error
+        try:
+            return getattr(module, name)
+        except AttributeError as error:
+            raise PluginError(f"{self.use}: there is no {name!r} in {place}") from error
 
 
 @dataclass
@@ -155,7 +159,7 @@ class Registry:
         if near := difflib.get_close_matches(name, self.names(kind), n=1):
             lines.append(f"did you mean {near[0]!r}?")
         lines.append(f"installed: {', '.join(self.names(kind)) or 'none'}")
-        if kind != "head":
+        if kind != "head" and re.fullmatch(r"[A-Za-z0-9._-]+", name):
             lines.append(f"a plugin would be installed with: pip install coatkit-{kind}-{name}")
         lines += [f"note: {b.distribution} {b.version} failed to load: {b.error}" for b in self.broken]
         raise PluginError("\n  ".join(lines))
@@ -166,24 +170,28 @@ class Registry:
         Raises:
             PluginError: If it is not found; a user's file is read, never run.
         """
+        if ":" not in use and use.endswith(".py"):
+            raise PluginError(f"{use}: name the class in the file too: use: {use}:Class")
         if ":" not in use:
             found = self.find(kind, use)
             return Component(kind, use, found.manifest.target, found.manifest, found.distribution, found.version)
         place, _, name = use.rpartition(":")
         if place.endswith(".py"):
-            path = (folder / place).resolve()
-            if not path.is_file():
-                raise PluginError(f"use: {use}: there is no file {path}")
+            path = Path(os.path.realpath(folder / os.path.expanduser(place)))
+            if not os.path.isfile(path):
+                raise PluginError(f"{use}: there is no file {path}")
             component = Component(kind, use, f"{path}:{name}", None, str(path))
         else:
             component = Component(kind, use, use, None, place)
-            if importlib.util.find_spec(place.partition(".")[0]) is None:
-                raise PluginError(f"use: {use}: there is no module {place.partition('.')[0]!r} in this environment")
+            if _find_module(place.partition(".")[0]) is None:
+                raise PluginError(f"{use}: there is no module {place.partition('.')[0]!r} in this environment")
         source = component.source_file()
-        if source is not None and name not in (classes := _classes(source)):
+        classes = None if source is None else _classes(source)
+        if classes is not None and name not in classes:
             near = difflib.get_close_matches(name, classes, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; classes there: {', '.join(classes) or 'none'}"
-            raise PluginError(f"use: {use}: {source} defines no class {name!r}{hint}")
+            shown = [known for known in classes if known[:1].isupper()]
+            hint = f"; did you mean {near[0]!r}?" if near else f"; classes there: {', '.join(shown) or 'none'}"
+            raise PluginError(f"{use}: {source} defines no class {name!r}{hint}")
         return component
 
 
@@ -192,9 +200,10 @@ def registry() -> Registry:
     """Scan the installed plugins once per process."""
     found = Registry()
     for entry in importlib.metadata.entry_points(group=hookspecs.GROUP):
-        distribution = entry.dist.name if entry.dist else "unknown"
-        version = entry.dist.version if entry.dist else "?"
+        distribution, version = "unknown", "?"
         try:
+            if entry.dist:  # reading these fails where the installation is damaged
+                distribution, version = entry.dist.name, entry.dist.version
             # One manager per plugin: what a broken one raises can be told from its neighbours'.
             manager = pluggy.PluginManager(hookspecs.GROUP)
             manager.add_hookspecs(hookspecs)
@@ -235,31 +244,56 @@ def _import_file(path: Path) -> Any:
 
 def _parse(path: Path) -> ast.Module:
     try:
-        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        return ast.parse(path.read_bytes(), filename=str(path))  # bytes: a BOM or a coding line is honoured
     except SyntaxError as error:
         raise PluginError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise PluginError(f"{path}: cannot be read as Python: {error}") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or "too deeply nested"
+        raise PluginError(f"{path}: cannot be read as Python: {reason}") from error
 
 
-def _classes(path: Path) -> list[str]:
-    tree = _parse(path)
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    # A module may also pass on a class it imported.
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
+def _find_module(top: str) -> importlib.machinery.ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(top)
+    except (ImportError, ValueError):  # ValueError: `__main__`, or no name at all
+        return None
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run on import, those under `if` and `try` too."""
+    for node in body:
+        yield node
+        for name in ("body", "orelse", "handlers", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+                yield from _top_level(getattr(node, name, []))
+
+
+def _classes(path: Path) -> list[str] | None:
+    """Names of classes a module defines or passes on; None where its source does not tell."""
+    names = []
+    for node in _top_level(_parse(path).body):
+        if isinstance(node, ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
             names += [alias.asname or alias.name for alias in node.names]
-    return names
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
+            return None
+    return None if "*" in names else names
 
 
 def _init_keywords(path: Path, name: str) -> list[str] | None:
-    for node in _parse(path).body:
+    for node in _top_level(_parse(path).body):
         if isinstance(node, ast.ClassDef) and node.name == name:
+            if node.decorator_list:  # a dataclass, say, makes its own __init__
+                return None
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == "__init__":
                     if item.args.kwarg:
                         return None
-                    return [a.arg for a in (*item.args.args[1:], *item.args.kwonlyargs)]
+                    positional = [*item.args.posonlyargs, *item.args.args][1:]
+                    return [a.arg for a in (*positional, *item.args.kwonlyargs) if a not in item.args.posonlyargs]
             # Without an __init__ of its own a class that only subclasses Expert takes no options.
             bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
             return [] if bases <= set(_BASES.values()) else None

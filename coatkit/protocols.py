@@ -151,10 +151,12 @@ class Expert(ABC):
         """Identity of the features: class, settings and weights. Runs record it; a feature store is keyed by it."""
         digest = hashlib.sha256(f"{type(self).__module__}:{type(self).__qualname__}".encode())
         for key, value in sorted(vars(self).items()):
-            if isinstance(value, nn.Module):
-                for name, tensor in sorted(value.state_dict().items()):
+            if isinstance(value, nn.Module | Tensor):
+                tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
+                for name, tensor in sorted(tensors.items()):
                     digest.update(f"{key}.{name}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    flat = tensor.detach().cpu().reshape(-1)  # a scalar, as batch norms hold, has no bytes to view
+                    digest.update(flat.contiguous().view(torch.uint8).numpy().tobytes())
             elif isinstance(value, str | int | float | bool | tuple):
                 digest.update(f"{key}={value!r}".encode())
         return digest.hexdigest()

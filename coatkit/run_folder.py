@@ -97,8 +97,12 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         try:
             data: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: is not a run folder: it has no {self.record.name}") from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path}: is not a run folder: {self.record.name}: {error}") from None
+        if not isinstance(data, dict):
+            raise RunError(f"{self.record}: damaged: it holds no keys")
         if data.get("format") != FORMAT:
             raise RunError(f"{self.record}: format {data.get('format')}, but this coatkit reads format {FORMAT}")
         return data

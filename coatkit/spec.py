@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,6 +18,14 @@ from pydantic import (
     model_validator,
 )
 
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("holds a NUL character")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -29,7 +38,7 @@ class ComponentSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    use: str = Field(min_length=1, description="plugin name, ./file.py:Class or module:Class")
+    use: Text = Field(description="plugin name, ./file.py:Class or module:Class")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -39,13 +48,13 @@ class ComponentSpec(BaseModel):
 class HeadSpec(ComponentSpec):
     """How thinking states become an expert's features."""
 
-    use: str = Field("transformer", min_length=1, description="head: transformer (paper) or linear, or your own")
+    use: Text = Field("transformer", description="head: transformer (paper) or linear, or your own")
 
 
 class ExpertSpec(ComponentSpec):
     """A frozen teacher; its key is its name in stages and logs."""
 
-    use: str = Field("", description="expert to use; the key itself when left out")
+    use: Text = Field("", description="expert to use; the key itself when left out")
     head: HeadSpec | None = Field(None, description="head of this expert; the spec's `head` when left out")
 
 
@@ -61,8 +70,8 @@ class ThinkingSpec(_Strict):
 class DataSpec(_Strict):
     """Where rows come from and what to do with bad ones. Paths are relative to the spec."""
 
-    train: str = Field(description="training rows, JSONL")
-    heldout: str | None = Field(None, description="rows kept out of training, JSONL, for `ask` and comparisons")
+    train: Text = Field(description="training rows, JSONL")
+    heldout: Text | None = Field(None, description="rows kept out of training, JSONL, for `ask` and comparisons")
     max_seconds: float = Field(120, gt=0, description="longest sound in seconds (paper: 120)")
     on_bad_row: Literal["refuse", "quarantine"] = Field("refuse", description="stop at a bad row, or set it aside")
     max_bad_rows: int = Field(100, ge=0, description="with quarantine: stop when more rows than this are bad")
@@ -102,7 +111,7 @@ class StageSpec(_Strict):
     batch: BatchSpec = Field(BatchSpec(rows=16), description="rows or tokens per step")
     weights: dict[str, Weight] = Field({}, description="loss weight of each active expert; 0 or left out: inactive")
     ce_weight: Weight = Field(1.0, description="weight of the response's cross-entropy")
-    train: str | None = Field(None, description="rows of this stage; data.train when left out")
+    train: Text | None = Field(None, description="rows of this stage; data.train when left out")
 
     @field_validator("lr")
     @classmethod
@@ -171,7 +180,7 @@ class Spec(_Strict):
     stages: list[StageSpec] = Field(min_length=1, description="trained one after another")
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")
     checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")
-    output: str = Field(min_length=1, description="run folder, relative to the spec")
+    output: Text = Field(description="run folder, relative to the spec")
 
     @field_serializer("thinking")
     def _off(self, value: ThinkingSpec | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec
 
 Path_ = tuple[str | int, ...]
-_MAX_BYTES = 1 << 20
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_MAX_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LoadedSpec:
 
     def path(self, text: str) -> Path:
         """A path of the spec, absolute."""
-        return (self.folder / text).resolve()
+        return Path(os.path.realpath(self.folder / os.path.expanduser(text)))
 
     @property
     def output(self) -> Path:
@@ -110,11 +112,12 @@ class _Reader:
         self.path = path
         self.lines: dict[Path_, int] = {}
         self.origin: dict[Path_, str] = {}
+        self._visits = 0
 
     def read(self, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             if self.path.stat().st_size > _MAX_BYTES:
-                raise SpecError([f"{self.path}: larger than 1 MiB; this is not a spec"])
+                raise SpecError([f"{self.path}: larger than {_MAX_BYTES >> 10} KiB; this is not a spec"])
             text = self.path.read_text(encoding="utf-8")
         except OSError as error:
             raise SpecError([f"{self.path}: cannot be read: {error.strerror or error}"]) from None
@@ -145,6 +148,9 @@ class _Reader:
             for key, value in node.value:
                 name: str = str(key.value)
                 line = key.start_mark.line + 1
+                if key.tag not in _KEY_TAGS:
+                    at = _dotted((*path, name)) if isinstance(key, yaml.ScalarNode) else _dotted(path) or "a key"
+                    problems.append(f"{self.path}:{line}: {at}: keys must be text; write this one in quotes")
                 if (*path, name) in self.lines:
                     first = self.lines[*path, name]
                     problems.append(f"{self.path}:{line}: {_dotted((*path, name))}: given twice, first on line {first}")
@@ -156,41 +162,49 @@ class _Reader:
 
     def _walk_value(self, node: yaml.Node, path: Path_, problems: list[str]) -> None:
         # Aliases share nodes, so a few lines can name billions of them; a spec is never that large.
-        if len(self.lines) > 20_000 or len(path) > 40:
+        self._visits += 1
+        if self._visits > 20_000 or len(path) > 40:
             raise SpecError([f"{self.path}: too large or too deeply nested for a spec"])
         self._walk(node, path, problems)
 
     def _override(self, data: Any, text: str) -> None:
         name, equals, value = text.partition("=")
-        keys: list[str | int] = [int(k) if k.isdigit() else k for k in name.strip().split(".")]
-        if not equals or not name.strip():
+        keys = name.strip().split(".")
+        if not equals or not all(keys):
             raise SpecError([f"--set {text}: expected key.path=value, e.g. --set stages.0.steps=20"])
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise SpecError([f"--set {text}: {value!r} is not valid YAML"]) from None
-        for i, key in enumerate(keys[:-1]):
-            try:
-                if isinstance(data, dict):
-                    data = data.setdefault(key, {})
-                else:
-                    data = data[key]
-            except (KeyError, IndexError, TypeError):
-                raise SpecError([f"--set {text}: there is no {_dotted(tuple(keys[: i + 1]))}"]) from None
-        try:
-            data[keys[-1]] = parsed
-        except (TypeError, IndexError):
-            raise SpecError([f"--set {text}: there is no {_dotted(tuple(keys))}"]) from None
-        self.origin[tuple(keys)] = f"--set {text}"
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise SpecError([f"--set {text}: {value!r:.80} is not valid YAML"]) from None
+        path: Path_ = ()
+        for key in keys:
+            step: str | int = key
+            if isinstance(data, list) and key.isascii() and key.isdigit() and len(key) < 10:
+                step = int(key)
+            path = (*path, step)
+            if not (isinstance(data, dict) or (isinstance(step, int) and step < len(data))):
+                size = f"; {_dotted(path[:-1])} has {len(data)}, counted from 0" if isinstance(data, list) else ""
+                raise SpecError([f"--set {text}: there is no {_dotted(path)}{size}"])
+            if len(path) == len(keys):
+                data[step] = parsed
+            elif isinstance(data, dict) and data.get(key) is None:
+                data[key] = {}  # not there yet, or an empty entry such as `panns:`
+            data = data[step]
+        self.origin = {at: said for at, said in self.origin.items() if at[: len(path)] != path}
+        self.origin[path] = f"--set {text}"
 
     def say(self, path: Path_, what: str) -> str:
         """`file:line: key.path: what`."""
-        known = path
-        while known and known not in self.lines and known not in self.origin:
-            known = known[:-1]
         for end in range(len(path), 0, -1):
             if path[:end] in self.origin:
                 return f"{self.origin[path[:end]]}: {_dotted(path)}: {what}"
+        if path and path not in self.lines:  # made by an override of something within it
+            for at, origin in self.origin.items():
+                if at[: len(path)] == path:
+                    return f"{origin}: {_dotted(path)}: {what}"
+        known = path
+        while known and known not in self.lines:
+            known = known[:-1]
         line = self.lines.get(known, 1)
         return f"{self.path}:{line}: {_dotted(path)}: {what}" if path else f"{self.path}:{line}: {what}"
 
@@ -202,6 +216,13 @@ class _Reader:
             return self.say(path, f"unknown key{_near(str(path[-1]), _keys_at(model, path[len(at) : -1]))}")
         if kind == "missing":
             return self.say(path, "missing; this key is required")
+        if kind in ("model_type", "model_attributes_type", "dict_type"):
+            keys = _keys_at(model, path[len(at) :])
+            advice = f"; write {{use: {given}}}" if isinstance(given, str) and "use" in keys else ""
+            return self.say(path, f"expected keys{_listed(keys)} with values, found {given!r:.80}{advice}")
+        if kind == "string_pattern_mismatch":
+            allowed = error["ctx"]["pattern"].removeprefix("^[").removesuffix("]+$")
+            return self.say(path, f"{given!r:.80} may hold only the characters {allowed}")
         message = error["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         if kind == "literal_error":
@@ -237,7 +258,8 @@ def _resolve(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
             options = _check_options(component, entry.options, path, reader, problems)
             loaded.chosen[place] = Chosen(component, options)
         except PluginError as error:
-            problems.append(reader.say((*path, "use") if (*path, "use") in reader.lines else path, str(error)))
+            use: Path_ = (*path, "use")
+            problems.append(reader.say(use if use in reader.lines or use in reader.origin else path, str(error)))
         fresh = [p for p in problems if p not in said]  # one wrong default head is one problem, not one per expert
         said.update(fresh)
         yield from fresh
@@ -271,7 +293,7 @@ def _check_files(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
     ]
     files += [(("stages", i, "train"), stage.train) for i, stage in enumerate(spec.stages)]
     for path, text in files:
-        if text is not None and not loaded.path(text).is_file():
+        if text is not None and not os.path.isfile(loaded.path(text)):
             yield reader.say(path, f"there is no file {loaded.path(text)}")
 
 
@@ -320,6 +342,10 @@ def _hint(word: str, choices: Sequence[str]) -> str:
 
 def _near(word: str, choices: Sequence[str]) -> str:
     return _hint(word, choices) or (f"; known: {', '.join(choices)}" if choices else "")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _dotted(path: Path_) -> str:

@@ -59,7 +59,7 @@ class Session:
     stop: Stop
     position: Position = field(default_factory=Position)
     moments: Moments = field(default_factory=dict)
-    bad_rows: int = 0
+    bad_rows: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # Named before stages switch heads off, so that every checkpoint holds everything that ever learns.
@@ -167,8 +167,9 @@ def _accumulate(accelerator: Accelerator, wrapped: nn.Module, step: Step, stage:
             loss = sum(
                 (weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device)
             )
-            # Gradients are averaged over devices, and the counts already run over all of them.
-            accelerator.backward(loss * accelerator.num_processes)
+            if loss.requires_grad:  # rows of text alone teach nothing where only projector and heads learn
+                # Gradients are averaged over devices, and the counts already run over all of them.
+                accelerator.backward(loss * accelerator.num_processes)
         for name, value in means.items():
             terms[name] = terms.get(name, 0) + value.detach().float()
     found = {name: float(accelerator.reduce(value, "sum")) for name, value in terms.items()}
@@ -227,17 +228,18 @@ def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[Path, tuple[JsonlRo
 
 
 def _quarantine(session: Session, reasons: list[str]) -> None:
-    """Write bad rows down, and stop when there are more than the spec allows."""
-    if not reasons:
+    """Write bad rows down, each once however often it comes up, and stop when there are more than the spec allows."""
+    fresh = [reason for reason in dict.fromkeys(reasons) if reason not in session.bad_rows]
+    if not fresh:
         return
     with session.run.quarantine.open("a", encoding="utf-8") as stream:
-        for reason in reasons:
+        for reason in fresh:
             stream.write(json.dumps({"step": session.position.step, "reason": reason}, ensure_ascii=False) + "\n")
-    session.bad_rows += len(reasons)
+    session.bad_rows.update(fresh)
     limit = session.loaded.spec.data.max_bad_rows
-    if session.bad_rows > limit:
+    if len(session.bad_rows) > limit:
         raise DataError(
-            f"{session.bad_rows} bad rows are more than data.max_bad_rows: {limit}; they are listed in"
+            f"{len(session.bad_rows)} bad rows are more than data.max_bad_rows: {limit}; they are listed in"
             f" {session.run.quarantine}. The last checkpoint is intact."
         )
 
@@ -292,6 +294,9 @@ def _restore(session: Session) -> None:
         checkpoint.load_model(newest, session.model, session.names)
         session.moments, random = checkpoint.load_moments(newest)
         checkpoint.restore_random(random)
+    if session.run.quarantine.exists():
+        lines = session.run.quarantine.read_text(encoding="utf-8").splitlines()
+        session.bad_rows = {json.loads(line)["reason"] for line in lines}
     if session.accelerator.is_main_process:
         session.run.cut_metrics(session.position.step)
 

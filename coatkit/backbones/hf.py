@@ -9,6 +9,7 @@ rows, the decoder's input shows what the language model consumes, the tower's ou
 from __future__ import annotations
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,9 @@ class HFBackbone(Backbone):
         pattern = rf"{re.escape(self.language_model_path)}\.layers\.\d+\.(.*\.)?({names})"
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
         try:
-            self.peft = get_peft_model(self.model, config)
+            with warnings.catch_warnings():  # peft still reads a property that transformers renames
+                warnings.simplefilter("ignore", FutureWarning)
+                self.peft = get_peft_model(self.model, config)
         except ValueError as error:
             raise PluginError(f"lora.targets {lora.targets} fit no layer of the language model: {error}") from None
 
@@ -166,11 +169,11 @@ class HFBackbone(Backbone):
     def forward(self, inputs: Inputs) -> Output:
         device = next(self.model.parameters()).device
         inputs = inputs.to(device)
-        with self._capturing():
+        with self._capturing(), self._narrowed(device):
             self.model(**self._cast(inputs.tokens), use_cache=False)
             hidden, embeds, tower = self._hidden, self._embeds, self._tower
-        assert hidden is not None
-        ce_sum, ce_count = self._cross_entropy(hidden, inputs.labels)
+            assert hidden is not None
+            ce_sum, ce_count = self._cross_entropy(hidden, inputs.labels)
         heard = inputs.audio_row.numel() > 0
         blocks = heard and bool(inputs.think_lengths.any())
         return Output(
@@ -213,9 +216,9 @@ class HFBackbone(Backbone):
     @torch.no_grad()
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 64, **options: Any) -> list[str]:
         tokenizer = self.preparer.tokenizer
-        inputs = inputs.to(next(self.model.parameters()).device)
-        tokens = self._cast(inputs.tokens)
-        with self._capturing():
+        device = next(self.model.parameters()).device
+        tokens = self._cast(inputs.to(device).tokens)
+        with self._capturing(), self._narrowed(device):
             out = self.stock.generate(
                 **tokens,
                 max_new_tokens=max_new_tokens,
@@ -231,6 +234,11 @@ class HFBackbone(Backbone):
     def _cast(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = DTYPES[self.options.dtype]
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tokens.items()}
+
+    def _narrowed(self, device: torch.device) -> torch.autocast:
+        """What learns is float32 amid bfloat16 weights: let torch narrow it in each operation, trainer or not."""
+        dtype = DTYPES[self.options.dtype]
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:

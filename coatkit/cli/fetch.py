@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def _of_name(name: str) -> list[tuple[str, Any]]:
     found = [kind for kind in kinds if name in registry().names(kind)]
     if not found:
         known = [n for kind in kinds for n in registry().names(kind)]
-        raise PluginError(f"no expert or backbone named {name!r} is installed; installed: {', '.join(known) or 'none'}")
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; installed: {', '.join(known) or 'none'}"
+        raise PluginError(f"no expert or backbone named {name!r} is installed{hint}")
     wanted = []
     for kind in found:
         component = registry().resolve(kind, name, Path())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import soundfile
 import soxr
@@ -12,6 +14,9 @@ from coatkit.errors import DataError
 
 Samples = NDArray[np.float32]
 
+# TypeError: a headerless `.raw` file; ValueError: a name the file system cannot hold.
+_UNREADABLE = (soundfile.SoundFileError, OSError, RuntimeError, MemoryError, TypeError, ValueError)
+
 
 def duration(ref: AudioRef) -> float:
     """Seconds of a stretch, from the file's header.
@@ -21,7 +26,7 @@ def duration(ref: AudioRef) -> float:
     """
     try:
         info = soundfile.info(str(ref.path))
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{ref.path}: cannot be opened as sound: {_reason(ref, error)}") from None
     start, stop = _frames(ref, info.samplerate, info.frames)
     return (stop - start) / int(info.samplerate)
@@ -41,7 +46,7 @@ def read(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:
                 raise DataError(f"{ref.path}: {(stop - start) / rate:.1f} s is over the limit of {max_seconds:g} s")
             sound.seek(start)
             samples = sound.read(stop - start, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError, MemoryError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{ref.path}: cannot be decoded: {_reason(ref, error)}") from None
     # A header can promise more than the file holds; a tail of a few frames is a codec's rounding.
     if samples.shape[0] < (stop - start) - rate // 10:
@@ -77,8 +82,12 @@ def _frames(ref: AudioRef, rate: int, frames: int) -> tuple[int, int]:
 
 
 def _reason(ref: AudioRef, error: BaseException) -> str:
-    if not ref.path.exists():
+    if not os.path.exists(ref.path):
         return "there is no such file"
-    if ref.path.is_dir():
+    if os.path.isdir(ref.path):
         return "it is a folder"
+    if os.path.getsize(ref.path) == 0:
+        return "the file is empty"
+    if isinstance(error, TypeError):
+        return "its format has no header; convert it to WAV or FLAC"
     return str(error).rpartition(": ")[2].strip() or type(error).__name__

@@ -128,7 +128,9 @@ def parse_row(data: Any, where: str, folder: Path) -> Row:
     if not isinstance(data, dict):
         raise fail(f"a row must be an object with 'messages', found {str(data)[:40]!r}")
     extra = dict(data)
-    row_id = str(extra.pop("id", "")) or f"line {where.rpartition(':')[2]}"
+    found_id = extra.pop("id", None)
+    row_id = "" if found_id is None else str(found_id)
+    row_id = (row_id if _encodable(row_id) else ascii(row_id)) or f"line {where.rpartition(':')[2]}"
     turns = extra.pop("messages", None)
     if not isinstance(turns, list) or not turns:
         raise fail("'messages' must be a non-empty list of {role, content}")
@@ -139,6 +141,8 @@ def parse_row(data: Any, where: str, folder: Path) -> Row:
             raise fail(f"messages[{i}].role is {role!r}; expected one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise fail(f"messages[{i}].content must be text, found {type(content).__name__}")
+        if not _encodable(content):
+            raise fail(f"messages[{i}].content holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
         if AUDIO_TAG in content and role != "user":
             raise fail(f"messages[{i}]: {AUDIO_TAG} may stand in user messages only")
         messages.append(Message(role, content))
@@ -164,6 +168,10 @@ def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, .
         raise fail("give either 'audio' or 'audios', not both")
     if many is not None and not isinstance(many, list):
         raise fail("'audios' must be a list")
+    if one is None and (start is not None or end is not None):
+        raise fail("'start' and 'end' go with 'audio'; with 'audios' write {\"path\", \"start\", \"end\"} in the list")
+    if one is not None and not isinstance(one, str):
+        raise fail(f"'audio' must be a path, found {type(one).__name__}")
     entries: list[Any] = [{"path": one, "start": start, "end": end}] if one is not None else list(many or [])
     found: list[AudioRef] = []
     for i, entry in enumerate(entries):
@@ -171,6 +179,10 @@ def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, .
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
             raise fail(f"'{name}' must be a path, or an object with 'path'")
+        if not _encodable(entry["path"]) or "\0" in entry["path"]:
+            raise fail(f"'{name}' is no file name: {entry['path']!a:.80}")
+        if unknown := [key for key in entry if key not in ("path", "start", "end")]:
+            raise fail(f"'{name}' has unknown keys {', '.join(map(ascii, unknown))}; known: path, start, end")
         times: list[float | None] = []
         for key in ("start", "end"):
             value = entry.get(key)
@@ -183,3 +195,12 @@ def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, .
             raise fail(f"'end' of {name} ({times[1]} s) is not after its 'start' ({times[0] or 0.0} s)")
         found.append(AudioRef(folder / entry["path"], times[0], times[1]))
     return tuple(found)
+
+
+def _encodable(text: str) -> bool:
+    """JSON may hold half a surrogate pair, which no tokenizer, file name or log file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
