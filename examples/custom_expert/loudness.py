@@ -1,4 +1,4 @@
-"""An expert of your own in one file: how loud the sound is, 50 times a second. No weights, no plugin, no edit to coatkit."""
+"""An expert of your own in one file: how loud the sound is, 50 times a second. No plugin, no edit to coatkit."""
 
 import torch
 
