@@ -86,7 +86,7 @@ def load_position(checkpoint: Path) -> Position:
         if written != FORMAT:
             raise RunError(f"{checkpoint}: format {written}, but this coatkit reads format {FORMAT}")
         return Position(**state)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{checkpoint}/state.json: damaged: {error}") from None
 
 

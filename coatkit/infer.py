@@ -141,7 +141,10 @@ def load_backbone(
         AssetError: If its weights have not been fetched.
     """
     component, checked = _resolve("backbone", name_or_use, options)
-    settings = None if thinking == "off" else thinking
+    try:
+        settings = None if thinking in (None, "off") else ThinkingSpec.model_validate(thinking)
+    except ValidationError as error:
+        raise PluginError(f"thinking: {_problems(error)}; give 'off' or a ThinkingSpec") from None
     return build.load_backbone(component, checked, settings, seed, device or best_device())
 
 
@@ -177,6 +180,9 @@ def _resolve(kind: Any, use: str, options: dict[str, Any]) -> tuple[Component, d
     try:
         checked: BaseModel = model.model_validate(options)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise PluginError(f"{use}: {problems}; options: {', '.join(model.model_fields)}") from None
+        raise PluginError(f"{use}: {_problems(error)}; options: {', '.join(model.model_fields)}") from None
     return component, checked.model_dump(mode="json")
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())

@@ -49,7 +49,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, stage: str, losses: Mapping[str, float]) -> None:
         """One optimizer step is done."""

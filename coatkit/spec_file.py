@@ -20,7 +20,9 @@ from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec
 
 Path_ = tuple[str | int, ...]
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_KEY_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge")}
+_VALUE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
+_NOT_PLAIN = "only text, numbers, true, false, null, lists and keys with values may stand here; a date goes in quotes"
 _MAX_BYTES = 1 << 18
 
 
@@ -144,6 +146,8 @@ class _Reader:
 
     def _walk(self, node: yaml.Node, path: Path_, problems: list[str]) -> None:
         self.lines.setdefault(path, node.start_mark.line + 1)
+        if node.tag not in _VALUE_TAGS:  # a run keeps its spec, and resumes from it: values must survive that
+            problems.append(self.say(path, _NOT_PLAIN))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 name: str = str(key.value)
@@ -174,8 +178,11 @@ class _Reader:
             raise SpecError([f"--set {text}: expected key.path=value, e.g. --set stages.0.steps=20"])
         try:
             parsed = yaml.safe_load(value)
+            plain = _plain(parsed)
         except (yaml.YAMLError, ValueError, RecursionError):
             raise SpecError([f"--set {text}: {value!r:.80} is not valid YAML"]) from None
+        if not plain:
+            raise SpecError([f"--set {text}: {_NOT_PLAIN}"])
         path: Path_ = ()
         for key in keys:
             step: str | int = key
@@ -342,6 +349,14 @@ def _hint(word: str, choices: Sequence[str]) -> str:
 
 def _near(word: str, choices: Sequence[str]) -> str:
     return _hint(word, choices) or (f"; known: {', '.join(choices)}" if choices else "")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _listed(words: Sequence[str]) -> str:

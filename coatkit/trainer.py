@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,14 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     run = RunFolder(loaded.output)
     if not resume:
         run.refuse_if_taken()
-    dtype = str(loaded.chosen["backbone"].options.get("dtype", "float32"))
-    accelerator = Accelerator(mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    accelerator = Accelerator()
     torch.manual_seed(spec.seed)
-    if accelerator.device.type == "cpu":  # sums over threads in a fixed order: resuming is exact to the bit
-        torch.use_deterministic_algorithms(True)
     model = build(loaded, str(accelerator.device))
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
     sources = _read_data(loaded, model)
     record = describe(loaded, model, {path: (rows, found) for path, (rows, found) in sources.items()})
-    with Stop() as stop:
+    with Stop() as stop, _deterministic(accelerator.device):
         session = Session(loaded, accelerator, model, run, sources, stop)
         if resume and run.record.exists():
             run.check_same(loaded.resolved(), record)
@@ -106,6 +103,19 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
             while session.position.stage < len(spec.stages) and not stop.asked:
                 _train_stage(session, board, progress)
         return Result(run.path, session.position, session.position.stage == len(spec.stages))
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a CPU, add in a fixed order, so that resuming is exact to the bit; an expert's exotic operation only warns."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warning)
 
 
 def _train_stage(session: Session, board: SummaryWriter, progress: TrainingProgress) -> None:
@@ -161,8 +171,7 @@ def _accumulate(accelerator: Accelerator, wrapped: nn.Module, step: Step, stage:
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         with nullcontext() if i == len(step.batches) - 1 else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                losses = wrapped(batch, stage.active)
+            losses = wrapped(batch, stage.active)
             means = {k: v / counts["ce" if k == "ce" else "thinking"] for k, v in losses.sums.items()}
             loss = sum(
                 (weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device)

@@ -97,7 +97,9 @@ class HFBackbone(Backbone):
         self._hook(embedding)
         if self.options.gradient_checkpointing:
             # On the language model only: from the top, the frozen tower would be recomputed too.
-            self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.language_model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
         model.train = self._train_mode
         self.audio_dims = {"consumed": self.hidden_size, "tower": self._tower_width()}
 

@@ -48,7 +48,7 @@ def cli() -> None:
     \b
     coatkit check examples/quickstart/spec.yaml
     coatkit train examples/quickstart/spec.yaml
-    coatkit ask runs/quickstart sound.flac "Which instrument is playing?"
+    coatkit ask examples/quickstart/runs/quickstart sound.flac "Is this speech, music or noise?"
     """
 
 
@@ -61,6 +61,3 @@ def main() -> None:
     except CoatkitError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `coatkit plugins | head`
-        sys.stderr.close()
-        sys.exit(0)

@@ -20,7 +20,7 @@ def command(run: Path, audio: Path, question: str, max_new_tokens: int, untraine
 
     \b
     Example:
-      coatkit ask runs/quickstart sound.flac "Which instrument is playing?"
+      coatkit ask examples/quickstart/runs/quickstart sound.flac "Is this speech, music or noise?"
     """
     from coatkit.infer import load
 

@@ -28,6 +28,7 @@ def command(spec: Path, overrides: tuple[str, ...], resume: bool) -> None:
 
     loaded = load_spec(spec, overrides)  # before torch: a wrong spec is told in a second
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's writer greets with it
+    click.echo("loading the backbone and the experts ...", err=True)
     from coatkit.trainer import train
 
     result = train(loaded, resume=resume)

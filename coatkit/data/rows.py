@@ -82,10 +82,10 @@ class JsonlRows(Sequence[Row]):
         ends = np.flatnonzero(content == ord("\n"))
         starts = np.concatenate([[0], ends + 1])
         stops = np.concatenate([ends, [content.size]])
-        # Blank lines are no rows; a line needs at least "{}".
-        kept = [i for i in np.flatnonzero(stops - starts < 2) if self._map[starts[i] : stops[i]].strip()]
-        keep = stops - starts >= 2
-        keep[kept] = True
+        # Blank lines are no rows. Only short ones are looked at: no row is short.
+        keep = np.ones(len(starts), bool)
+        for i in np.flatnonzero(stops - starts < 64):
+            keep[i] = bool(self._map[starts[i] : stops[i]].strip())
         self._lines = np.flatnonzero(keep)
         self._starts, self._stops = starts[keep], stops[keep]
         if not len(self._lines):
