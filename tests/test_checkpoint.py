@@ -140,6 +140,14 @@ def test_a_crash_while_saving_leaves_the_last_one(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000020"]
 
 
+def test_what_an_earlier_crash_left_gets_into_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000005.partial").mkdir()
+    (tmp_path / ".step-00000005.partial" / "junk").write_text("half")
+    path = save(tmp_path, Model(), 5)
+    assert not (path / "junk").exists()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_files_are_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     sync, replace = checkpoint._sync, checkpoint.os.replace

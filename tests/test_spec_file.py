@@ -353,6 +353,7 @@ def test_an_override_may_fill_an_empty_entry(folder: Path) -> None:
         (["head.hds=3"], "--set head.hds=3: head.hds: unknown key; did you mean 'heads'?"),
         (["thinking={placement: x}"], "--set thinking={placement: x}: thinking.placement: 'x' is not one of"),
         (["optimizer.x=1"], "--set optimizer.x=1: optimizer.x: unknown key"),
+        (["head.use=linear", "head={use: linaer}"], "--set head={use: linaer}: head: no head named 'linaer'"),
         (["head.hds=1", "head={hdz: 1}"], "--set head={hdz: 1}: head.hdz: unknown key"),
         (["data.train=gone.jsonl"], "--set data.train=gone.jsonl: data.train: there is no file"),
         (["experts.audio.target=x"], "--set experts.audio.target=x: experts.audio.target: 'x' is not one of"),

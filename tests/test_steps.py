@@ -213,6 +213,13 @@ def test_steps_follow_the_plan_and_an_epoch_holds_every_row(folder: Path) -> Non
     assert sorted(seen) == sorted(row["id"] for row in rows_of(folder))
 
 
+def test_rows_set_aside_by_the_scan_are_in_no_step(folder: Path) -> None:
+    (folder / "0.wav").unlink()
+    steps = dataset(folder, BatchSpec(rows=9), on_bad_row="quarantine")
+    assert sorted(steps[0].row_ids) == sorted(row["id"] for row in rows_of(folder)[1:])
+    assert steps[0].bad == []
+
+
 def test_parts_and_ranks_hold_the_step_between_them(folder: Path) -> None:
     whole = dataset(folder, BatchSpec(rows=8))[0].row_ids
     shares = [dataset(folder, BatchSpec(rows=8, accumulate=2), rank, 2)[0] for rank in range(2)]

@@ -43,7 +43,9 @@ def main() -> int:
     rows = list(JsonlRows(arguments.heldout))
     print(f"\nAsking about {len(rows)} sounds that were kept out of training ...\n", flush=True)
     before, after = (answers(arguments.run, rows, trained) for trained in (False, True))
-    shown: Counter[str] = Counter()
+    commonest = common_answers(arguments.heldout.with_name("train.jsonl"))
+    guessed: Counter[str] = Counter()
+    shown: set[tuple[str, str]] = set()
     asked: Counter[str] = Counter()
     right: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for row, old, new in zip(rows, before, after, strict=True):
@@ -51,25 +53,37 @@ def main() -> int:
         asked[task] += 1
         for trained, said in ((False, old), (True, new)):
             right[trained][task] += plain(said) == plain(answer)
-        shown[task] += 1
-        if shown[task] <= 3:
+        guessed[task] += plain(commonest[task]) == plain(answer)
+        if (task, answer) not in shown:
+            shown.add((task, answer))
             print(f"{row.audios[0].path.name}: {row.messages[0].content.removeprefix(AUDIO_TAG)}")
             print(f"  untrained  {old.splitlines()[0][:90] if old else '(nothing)'}")
             print(f"  trained    {new}")
             print(f"  reference  {answer}\n")
-    print(f"{'right answers':28}{'untrained':>12}{'trained':>12}")
+    print(f"{'right answers':28}{'untrained':>12}{'guessing':>12}{'trained':>12}")
+    columns = (right[False], guessed, right[True])
     for task, count in asked.items():
-        print(f"{task:28}{f'{right[False][task]}/{count}':>12}{f'{right[True][task]}/{count}':>12}")
-    old, new = (sum(right[trained].values()) for trained in (False, True))
-    print(f"{'all':28}{f'{old}/{len(rows)}':>12}{f'{new}/{len(rows)}':>12}")
-    print(f"\nmargin: {100 * (new - old) / len(rows):+.0f} points\n")
+        print(f"{task:28}" + "".join(f"{f'{column[task]}/{count}':>12}" for column in columns))
+    old, guess, new = (sum(column.values()) for column in columns)
+    print(f"{'all':28}" + "".join(f"{f'{total}/{len(rows)}':>12}" for total in (old, guess, new)))
+    print("\nguessing: always the answer most frequent in training, without listening")
+    print(f"margin of the trained model: {100 * (new - old) / len(rows):+.0f} points over the untrained one,")
+    print(f"{100 * (new - guess) / len(rows):+.0f} points over guessing\n")
     losses(arguments.run)
     example = rows[0]
     print(f"\nEverything is in {arguments.run}. Try next:")
     print(f'  .venv/bin/coatkit ask {arguments.run} {example.audios[0].path} "Is this speech, music or noise?"')
     print(f"  .venv/bin/tensorboard --logdir {arguments.run}/tensorboard")
     print("  .venv/bin/coatkit train examples/custom_expert/spec.yaml   # an expert of your own, in one file")
-    return 0 if new > old else 1
+    return 0 if new > max(old, guess) else 1
+
+
+def common_answers(train: Path) -> dict[str, str]:
+    """The most frequent training answer of each task."""
+    answers: dict[str, Counter[str]] = {}
+    for row in JsonlRows(train):
+        answers.setdefault(row.labels["task"], Counter())[row.messages[1].content] += 1
+    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
 def losses(run: Path) -> None:
