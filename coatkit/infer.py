@@ -104,7 +104,7 @@ def load(run: str | Path, *, trained: bool = True, device: str | None = None) ->
     """
     folder = RunFolder(Path(run))
     folder.read_record()
-    loaded = load_spec(folder.spec, need_data=False)
+    loaded = load_spec(folder.spec, need="backbone")
     chosen = loaded.chosen["backbone"]
     backbone = build.load_backbone(
         chosen.component, chosen.options, loaded.spec.thinking, loaded.spec.seed, device or best_device()

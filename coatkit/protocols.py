@@ -6,6 +6,7 @@ Shapes use these letters: A audios in a batch, B rows, N samples, L frames or po
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,8 +149,11 @@ class Expert(ABC):
         return {"mse": masked_mse(predicted, target, mask)}
 
     def fingerprint(self) -> str:
-        """Identity of the features: class, settings and weights. Runs record it; a feature store is keyed by it."""
-        digest = hashlib.sha256(f"{type(self).__module__}:{type(self).__qualname__}".encode())
+        """Identity of the features: code, settings and weights. Runs record it; a feature store is keyed by it."""
+        digest = hashlib.sha256(type(self).__qualname__.encode())
+        # The file the class is in stands for its code; where it lies does not matter.
+        source = getattr(sys.modules.get(type(self).__module__), "__file__", None)
+        digest.update(Path(source).read_bytes() if source else type(self).__module__.encode())
         for key, value in sorted(vars(self).items()):
             if isinstance(value, nn.Module | Tensor):
                 tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}

@@ -49,7 +49,7 @@ class RunFolder:
         Raises:
             RunError: If a run is here already.
         """
-        if self.record.exists():
+        if self.record.exists() or self.latest() is not None:
             raise RunError(
                 f"{self.path}: holds a run already.\n  Continue it with --resume, or name another folder with"
                 " --set output=..."
@@ -110,11 +110,12 @@ class RunFolder:
     def write_record(self, record: dict[str, Any]) -> None:
         write_atomic(self.record, json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False) + "\n")
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop metrics of steps after `step`: they will be made again."""
-        if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            write_atomic(self.metrics, "".join(line for line in lines if _step_of(line) <= step))
+    def cut_after(self, step: int) -> None:
+        """Drop what was written of steps after `step`: they will be made again."""
+        for file in (self.metrics, self.skipped):
+            if file.exists():
+                lines = file.read_text().splitlines(keepends=True)
+                write_atomic(file, "".join(line for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,7 @@ from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec
 
 Path_ = tuple[str | int, ...]
+Need = Literal["all", "components", "backbone"]
 _KEY_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge")}
 _VALUE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
 _NOT_PLAIN = "only text, numbers, true, false, null, lists and keys with values may stand here; a date goes in quotes"
@@ -79,13 +80,14 @@ class LoadedSpec:
         return data
 
 
-def load_spec(path: Path, overrides: Sequence[str] = (), *, need_data: bool = True) -> LoadedSpec:
+def load_spec(path: Path, overrides: Sequence[str] = (), *, need: Need = "all") -> LoadedSpec:
     """Read and check a spec file.
 
     Args:
         path: The YAML file.
         overrides: `dotted.path=value` texts, applied last; the value is YAML.
-        need_data: Whether the data must be there; it need not for answering from a finished run.
+        need: What must be there: `all`, the `components` without the data, or only the `backbone`, which is enough to
+            answer from a finished run.
 
     Raises:
         SpecError: With every problem found.
@@ -98,8 +100,8 @@ def load_spec(path: Path, overrides: Sequence[str] = (), *, need_data: bool = Tr
         raise SpecError([reader.problem(e, Spec) for e in error.errors()]) from None
     loaded = LoadedSpec(spec, path.resolve().parent)
     problems = [
-        *_resolve(loaded, reader),
-        *(_check_files(loaded, reader) if need_data else ()),
+        *_resolve(loaded, reader, need),
+        *(_check_files(loaded, reader) if need == "all" else ()),
         *_check_stages(loaded, reader),
     ]
     if problems:
@@ -249,11 +251,11 @@ class _Reader:
         return tuple(real)
 
 
-def _resolve(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
+def _resolve(loaded: LoadedSpec, reader: _Reader, need: Need) -> Iterator[str]:
     """Find every component and check its options; yields problems."""
     spec = loaded.spec
     wanted: list[tuple[str, Kind, ComponentSpec, Path_]] = [("backbone", "backbone", spec.backbone, ("backbone",))]
-    for name, expert in spec.experts.items():
+    for name, expert in spec.experts.items() if need != "backbone" else ():
         wanted.append((f"experts.{name}", "expert", expert, ("experts", name)))
         own = ("experts", name, "head") if expert.head else ("head",)
         wanted.append((f"heads.{name}", "head", spec.head_of(name), own))
@@ -262,7 +264,7 @@ def _resolve(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
         problems: list[str] = []
         try:
             component = registry().resolve(kind, entry.use, loaded.folder)
-            options = _check_options(component, entry.options, path, reader, problems)
+            options = _check_options(component, _locate(entry.options, loaded), path, reader, problems)
             loaded.chosen[place] = Chosen(component, options)
         except PluginError as error:
             use: Path_ = (*path, "use")
@@ -270,6 +272,14 @@ def _resolve(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
         fresh = [p for p in problems if p not in said]  # one wrong default head is one problem, not one per expert
         said.update(fresh)
         yield from fresh
+
+
+def _locate(options: dict[str, Any], loaded: LoadedSpec) -> dict[str, Any]:
+    """Options with `weights: ./place` made absolute; like every path of a spec it is relative to the spec."""
+    weights = options.get("weights")
+    if isinstance(weights, str) and weights.startswith(("./", "../", "~")):
+        return {**options, "weights": str(loaded.path(weights))}
+    return options
 
 
 def _check_options(

@@ -249,7 +249,7 @@ def _quarantine(session: Session, reasons: list[str]) -> None:
     if len(session.bad_rows) > limit:
         raise DataError(
             f"{len(session.bad_rows)} bad rows are more than data.max_bad_rows: {limit}; they are listed in"
-            f" {session.run.quarantine}. The last checkpoint is intact."
+            f" {session.run.quarantine}. What was saved before is intact."
         )
 
 
@@ -264,7 +264,7 @@ def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) ->
         raise RunError(
             f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped:"
             f" {limit}; their rows are listed in {session.run.skipped}.\n"
-            "  The last checkpoint is intact; try a lower learning rate."
+            "  What was saved before is intact. A new run with a lower learning rate may be needed."
         )
 
 
@@ -307,7 +307,7 @@ def _restore(session: Session) -> None:
         lines = session.run.quarantine.read_text(encoding="utf-8").splitlines()
         session.bad_rows = {json.loads(line)["reason"] for line in lines}
     if session.accelerator.is_main_process:
-        session.run.cut_metrics(session.position.step)
+        session.run.cut_after(session.position.step)
 
 
 def _agreed(accelerator: Accelerator, asked: bool) -> bool:

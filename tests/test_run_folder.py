@@ -177,21 +177,21 @@ def test_a_damaged_spec_is_refused(run: RunFolder, content: str) -> None:
 def test_metrics_after_the_checkpoint_are_cut(run: RunFolder) -> None:
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 8)]
     run.metrics.write_text("".join(lines) + '{"step": 8, "lo')  # a crash in the middle of a line
-    run.cut_metrics(5)
+    run.cut_after(5)
     assert run.metrics.read_text() == "".join(lines[:5])
-    run.cut_metrics(0)
+    run.cut_after(0)
     assert run.metrics.read_text() == ""
 
 
 @pytest.mark.parametrize("line", ["", "[1]", '{"loss": 1}', '{"step": null}', "nonsense"])
 def test_lines_that_are_no_metrics_are_cut(run: RunFolder, line: str) -> None:
     run.metrics.write_text('{"step": 1}\n' + line + "\n" + '{"step": 2}\n')
-    run.cut_metrics(2)
+    run.cut_after(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_cutting_metrics_that_are_not_there_makes_none(run: RunFolder) -> None:
-    run.cut_metrics(5)
+    run.cut_after(5)
     assert not run.metrics.exists()
 
 

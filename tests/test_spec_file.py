@@ -505,7 +505,7 @@ def test_paths_may_begin_with_the_home_folder(folder: Path, monkeypatch: pytest.
 def test_data_need_not_be_there_to_answer_from_a_run(folder: Path) -> None:
     (folder / "train.jsonl").unlink()
     (folder / "spec.yaml").write_text(BASE)
-    assert load_spec(folder / "spec.yaml", need_data=False).spec.name == "quick"
+    assert load_spec(folder / "spec.yaml", need="components").spec.name == "quick"
     with pytest.raises(SpecError, match="there is no file"):
         load_spec(folder / "spec.yaml")
 
@@ -513,3 +513,9 @@ def test_data_need_not_be_there_to_answer_from_a_run(folder: Path) -> None:
 def test_an_expert_of_no_stage_is_noted(folder: Path) -> None:
     loaded = load(folder, changed("  audio: {target: consumed}", "  audio:\n  idle: {use: audio}"))
     assert loaded.notes == ["expert 'idle' is active in no stage"]
+
+
+def test_a_weights_path_is_relative_to_the_spec(folder: Path) -> None:
+    spec = load(folder, BASE, "backbone.weights=./mine")
+    assert spec.chosen["backbone"].options["weights"] == str(folder / "mine")
+    assert spec.resolved()["backbone"]["weights"] == str(folder / "mine")

@@ -43,7 +43,7 @@ def _of_spec(path: Path) -> list[tuple[str, Any]]:
     from coatkit.spec_file import load_spec
 
     wanted = []
-    for chosen in load_spec(path, need_data=False).chosen.values():
+    for chosen in load_spec(path, need="components").chosen.values():
         if chosen.component.manifest is not None:
             wanted += _needed(chosen.component.manifest, chosen.component.options_model(), chosen.options)
     return wanted
