@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from coatkit.backbones.hf import HFBackbone as HFBackbone
     from coatkit.backbones.hf import HFPreparer as HFPreparer
     from coatkit.backbones.options import BackboneOptions as BackboneOptions
+    from coatkit.backbones.options import TrainOptions as TrainOptions
+    from coatkit.data.rows import AudioRef as AudioRef
+    from coatkit.data.rows import JsonlRows as JsonlRows
+    from coatkit.data.rows import Row as Row
     from coatkit.errors import AssetError as AssetError
     from coatkit.errors import CoatkitError as CoatkitError
     from coatkit.errors import DataError as DataError
@@ -35,13 +39,15 @@ if TYPE_CHECKING:
     from coatkit.protocols import Inputs as Inputs
     from coatkit.protocols import Output as Output
     from coatkit.protocols import Preparer as Preparer
+    from coatkit.spec import ThinkingSpec as ThinkingSpec
 
 __version__ = "0.1.0"
 
 _HOME = {
     "coatkit.assets": ("cache_dir", "require"),
     "coatkit.backbones.hf": ("HFBackbone", "HFPreparer"),
-    "coatkit.backbones.options": ("BackboneOptions",),
+    "coatkit.backbones.options": ("BackboneOptions", "TrainOptions"),
+    "coatkit.data.rows": ("AudioRef", "JsonlRows", "Row"),
     "coatkit.errors": ("AssetError", "CoatkitError", "DataError"),
     "coatkit.hookspecs": ("hookimpl",),
     "coatkit.infer": ("load", "load_backbone", "load_expert"),
@@ -58,6 +64,7 @@ _HOME = {
         "Output",
         "Preparer",
     ),
+    "coatkit.spec": ("ThinkingSpec",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted([*_WHERE, "__version__"])

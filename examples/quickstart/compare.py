@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import coatkit
-from coatkit.data.rows import AUDIO_TAG, JsonlRows, Row
+from coatkit import JsonlRows, Row
 
+AUDIO_TAG = "<audio>"
 BATCH = 8
 
 

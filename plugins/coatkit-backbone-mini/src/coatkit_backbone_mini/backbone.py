@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer
+from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
-from coatkit.spec import ThinkingSpec
 from coatkit_backbone_mini.convert import prepare_weights
 from coatkit_backbone_mini.loading import load_model, load_processor
 from coatkit_backbone_mini.options import Options

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from coatkit import BackboneOptions
-from coatkit.backbones.options import TrainOptions
+from coatkit import BackboneOptions, TrainOptions
 from coatkit_backbone_mini import SMOLLM2_HUB, SMOLLM2_WHEEL, WHISPER_HUB, WHISPER_WHEEL
 
 
