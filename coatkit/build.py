@@ -44,8 +44,13 @@ def load_backbone(component: Component, options: Mapping[str, Any], thinking: An
     """A backbone with its weights on `device`."""
     settings = None if thinking is None else ThinkingSpec.model_validate(thinking)
     backbone: Backbone = construct(component, thinking=settings, **options)
-    with seeded(seed, "backbone"):
-        backbone.load(torch.device(device))
+    try:
+        with seeded(seed, "backbone"):
+            backbone.load(torch.device(device))
+    except CoatkitError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{component.use}: cannot be loaded: {type(error).__name__}: {error}") from error
     return backbone
 
 

@@ -52,6 +52,17 @@ def save(
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        return _write(partial, final, model, names, moments, position, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{final}: cannot be written: {error}\n  Earlier checkpoints are intact.") from None
+
+
+def _write(
+    partial: Path, final: Path, model: nn.Module, names: frozenset[str], moments: Moments, position: Position, keep: int
+) -> Path:
+    folder = final.parent
     tensors = {k: v.detach().cpu().contiguous() for k, v in learned(model, names).items()}
     save_file(tensors, partial / "model.safetensors")
     flat = {f"{name}|{key}": t.detach().cpu().contiguous() for name, kept in moments.items() for key, t in kept.items()}

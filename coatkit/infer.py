@@ -103,12 +103,14 @@ def load(run: str | Path, *, trained: bool = True, device: str | None = None) ->
         RunError: If it is no run folder, has no checkpoint yet, or a plugin it was made with is missing.
     """
     folder = RunFolder(Path(run))
-    folder.read_record()
+    record = folder.read_record()
     loaded = load_spec(folder.spec, need="backbone")
     chosen = loaded.chosen["backbone"]
     backbone = build.load_backbone(
         chosen.component, chosen.options, loaded.spec.thinking, loaded.spec.seed, device or best_device()
     )
+    if backbone.fingerprint() != record.get("backbone", {}).get("fingerprint"):
+        raise RunError(f"{folder.path}: the backbone's weights are not those the run was trained on")
     if trained:
         newest = folder.latest()
         if newest is None:
@@ -148,9 +150,7 @@ def load_backbone(
     return build.load_backbone(component, checked, settings, seed, device or best_device())
 
 
-def load_expert(
-    name_or_use: str, *, backbone: Backbone | None = None, device: str | None = None, **options: Any
-) -> Expert:
+def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: str = "cpu", **options: Any) -> Expert:
     """An expert by plugin name, `./file.py:Class` or `module:Class`, with its weights.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coatkit.align import align
 from coatkit.data.steps import Batch
 from coatkit.errors import CoatkitError, PluginError
-from coatkit.protocols import Backbone, Expert, Features, Head
+from coatkit.protocols import AudioBatch, Backbone, Expert, Features, Head
 
 
 @dataclass
@@ -44,7 +44,7 @@ def _named(expert: str, method: str, rows: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def check_features(features: Features, sounds: int, expert: Expert) -> None:
+def check_features(features: Features, audio: AudioBatch, expert: Expert) -> None:
     """Refuse features that are not what the expert declares.
 
     Raises:
@@ -52,7 +52,7 @@ def check_features(features: Features, sounds: int, expert: Expert) -> None:
     """
     if not isinstance(features, Features):
         raise ValueError(f"encode must give Features, not {type(features).__name__}")
-    shape = tuple(features.values.shape)
+    sounds, shape = len(audio), tuple(features.values.shape)
     if len(shape) != 3 or shape[0] != sounds or shape[2] != expert.dim:
         raise ValueError(f"encode gave values {shape}; expected [{sounds}, frames, {expert.dim}] for dim {expert.dim}")
     lengths = features.lengths
@@ -61,6 +61,15 @@ def check_features(features: Features, sounds: int, expert: Expert) -> None:
     if abs(features.frame_rate - expert.frame_rate) > 1e-6 * expert.frame_rate:
         raise ValueError(
             f"encode gave {features.frame_rate} frames per second, the expert declares {expert.frame_rate}"
+        )
+
+    heard = lengths.double().cpu() / features.frame_rate + features.offset
+    missed = (heard - audio.seconds.cpu()).abs()
+    if expert.hears_all and bool((missed > max(2 / features.frame_rate, 0.1)).any()):
+        worst = int(missed.argmax())
+        raise ValueError(
+            f"encode's frames cover {float(heard[worst]):.2f} s of a sound of {float(audio.seconds[worst]):.2f} s;"
+            " if the encoder hears only part of it, say so with the class attribute hears_all = False"
         )
 
 
@@ -124,11 +133,14 @@ class CoatModel(nn.Module):
             exact = torch.autocast(device.type, enabled=False)
             with torch.no_grad(), exact, _named(name, "encode", batch.inputs.row_ids):
                 features = expert.encode(audio)
-                check_features(features, len(audio), expert)
+                check_features(features, audio, expert)
                 target = align(features, lengths, rate, expert.upsampling)
-            predicted = self.heads[name](out.thinking.float(), mask).float()
+            with _named(name, "head", batch.inputs.row_ids):
+                predicted = self.heads[name](out.thinking.float(), mask).float()
             with exact, _named(name, "loss", batch.inputs.row_ids):
                 terms = expert.loss(predicted, target, mask)
+                if not isinstance(terms, dict) or any(value.ndim for value in terms.values()):
+                    raise ValueError("loss must give a dict of names to scalar tensors")
             for term, value in terms.items():
                 losses.sums[f"{name}.{term}"] = value * count
             losses.counts[name] = count

@@ -62,6 +62,12 @@ def schedule(stage: StageSpec, step: int) -> float:
     return 1.0
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """In a data worker: a signal to the whole process group must not end it while the trainer still saves."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
     """Turns SIGTERM and the first SIGINT into a wish to stop after the current step; a second SIGINT stops at once."""
 

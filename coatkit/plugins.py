@@ -226,7 +226,7 @@ def registry() -> Registry:
 
 
 def _import_file(path: Path) -> Any:
-    name = f"coatkit_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = f"coatkit_user_{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -51,6 +51,8 @@ class AudioBatch:
         for i, array in enumerate(arrays):
             if array.ndim != 1 or array.size == 0:
                 raise ValueError(f"array {i} has shape {array.shape}; expected a non-empty mono signal [N]")
+            if not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"array {i} is {array.dtype}; expected float samples in about [-1, 1]")
             if not np.isfinite(array).all():
                 raise ValueError(f"array {i} holds NaN or infinite samples")
         lengths = torch.tensor([a.size for a in arrays])
@@ -120,6 +122,9 @@ class Expert(ABC):
     """Width of the features that the head predicts."""
     uses_backbone: bool = False
     """True when `encode` reads `audio.backbone` instead of the samples."""
+    hears_all: bool = True
+    """Whether the frames cover the whole sound; set it to False for an encoder that hears only part, and the last frame
+    is held over the rest."""
     upsampling: Literal["linear", "repeat"] = "linear"
     """How frames slower than the thinking positions are spread over them; see `coatkit.align`."""
 
@@ -151,9 +156,8 @@ class Expert(ABC):
     def fingerprint(self) -> str:
         """Identity of the features: code, settings and weights. Runs record it; a feature store is keyed by it."""
         digest = hashlib.sha256(type(self).__qualname__.encode())
-        # The file the class is in stands for its code; where it lies does not matter.
-        source = getattr(sys.modules.get(type(self).__module__), "__file__", None)
-        digest.update(Path(source).read_bytes() if source else type(self).__module__.encode())
+        for source in _sources(type(self)):
+            digest.update(source.read_bytes())
         for key, value in sorted(vars(self).items()):
             if isinstance(value, nn.Module | Tensor):
                 tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
@@ -161,9 +165,21 @@ class Expert(ABC):
                     digest.update(f"{key}.{name}".encode())
                     flat = tensor.detach().cpu().reshape(-1)  # a scalar, as batch norms hold, has no bytes to view
                     digest.update(flat.contiguous().view(torch.uint8).numpy().tobytes())
-            elif isinstance(value, str | int | float | bool | tuple):
+            elif isinstance(value, np.ndarray):
+                digest.update(f"{key}={value.dtype}{value.shape}".encode() + value.tobytes())
+            elif isinstance(value, str | int | float | bool | tuple | list | dict | set | Path):
                 digest.update(f"{key}={value!r}".encode())
         return digest.hexdigest()
+
+
+def _sources(cls: type) -> list[Path]:
+    """The files a class's code is in: its own, and where it is part of a package, all of that package's."""
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return []
+    top = getattr(sys.modules.get(cls.__module__.partition(".")[0]), "__path__", None)
+    return sorted(path for folder in top for path in Path(folder).rglob("*.py")) if top else [Path(file)]
 
 
 class Head(nn.Module, ABC):
@@ -246,6 +262,9 @@ class Preparer(ABC):
     max_seconds: float | None = None
     """Longest audio the backbone hears in full, seconds; longer audio is refused, never cut silently."""
 
+    max_tokens: int | None = None
+    """Longest row the backbone reads, tokens; longer rows are refused by `prepare`."""
+
     @abstractmethod
     def audio_tokens(self, samples: int) -> int:
         """Audio tokens for a sound of `samples` samples at `sample_rate`; 0 when it is too short to hear."""
@@ -295,6 +314,16 @@ class Backbone(ABC):
     @abstractmethod
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 64, **options: Any) -> list[str]:
         """Answers to prepared prompts; prompt and block are consumed in one prefill (paper section 3.5)."""
+
+    def fingerprint(self) -> str:
+        """Identity of the frozen weights, from their names, shapes and a sample of every tensor's values."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                flat = parameter.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
+                digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by part (e.g. `lora`, `tokens`, `projector`), the names a stage's `lr` may use."""

@@ -77,8 +77,11 @@ class RunFolder:
         """
         before, then = self.read_spec(), self.read_record()
         changed = [key for key in _differences(before, spec) if not key.startswith(_FREE_TO_CHANGE)]
-        for key in ("experts", "data"):
+        for key in ("backbone", "experts", "data"):
             changed += [f"{key}.{k}" for k in _differences(then.get(key, {}), record.get(key, {}))]
+        for place, component in record.get("components", {}).items():  # a user's own files
+            if component.get("sha256") != then.get("components", {}).get(place, {}).get("sha256"):
+                changed.append(f"the code of {place}")
         if changed:
             raise RunError(
                 f"{self.path}: this run was made from something else; changed since: {', '.join(changed[:8])}.\n"

@@ -42,6 +42,7 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[Path, tuple[
             }
             for name, expert in model.experts.items()
         },
+        "backbone": {"fingerprint": model.backbone.fingerprint()},
         "data": {
             str(path): {
                 "sha256": file_fingerprint(path),

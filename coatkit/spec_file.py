@@ -99,6 +99,11 @@ def load_spec(path: Path, overrides: Sequence[str] = (), *, need: Need = "all") 
     except ValidationError as error:
         raise SpecError([reader.problem(e, Spec) for e in error.errors()]) from None
     loaded = LoadedSpec(spec, path.resolve().parent)
+    if spec.thinking is None and spec.experts:
+        # One switch gives the control: experts teach at the thinking positions, so without those there are none.
+        stages = [stage.model_copy(update={"weights": {}}) for stage in spec.stages]
+        loaded.spec = spec = spec.model_copy(update={"experts": {}, "stages": stages})
+        loaded.notes.append("thinking is off: no expert is used, and the answers alone are learnt")
     problems = [
         *_resolve(loaded, reader, need),
         *(_check_files(loaded, reader) if need == "all" else ()),
@@ -324,8 +329,6 @@ def _check_stages(loaded: LoadedSpec, reader: _Reader) -> Iterator[str]:
             if name not in spec.experts:
                 yield reader.say((*at, "weights", name), f"no expert of this name{_near(name, list(spec.experts))}")
         used |= set(stage.active)
-        if stage.active and spec.thinking is None:
-            yield reader.say((*at, "weights"), "experts teach at the thinking positions, but thinking is off")
         if not stage.active and stage.ce_weight == 0:
             yield reader.say(at, "nothing to learn: no expert is active and ce_weight is 0")
         if stage.warmup_steps > stage.steps:

@@ -29,7 +29,7 @@ from coatkit.data.rows import JsonlRows
 from coatkit.data.steps import Scan, Step, StepDataset, scan
 from coatkit.errors import DataError, RunError
 from coatkit.model import CoatModel
-from coatkit.optimization import Stop, group_parameters, schedule
+from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
 from coatkit.progress import TrainingProgress
 from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
@@ -78,6 +78,8 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     if not resume:
         run.refuse_if_taken()
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise RunError("training on several devices is not ready yet: start coatkit without a launcher, on one device")
     torch.manual_seed(spec.seed)
     model = build(loaded, str(accelerator.device))
     for stage in spec.stages:
@@ -216,6 +218,7 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         batch_size=None,
         sampler=range(position.stage_step, stage.steps),
         num_workers=spec.data.workers,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
     )
     for step in loader:

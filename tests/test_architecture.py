@@ -173,3 +173,15 @@ def test_public_names_are_the_ones_announced() -> None:
     assert set(dir(coatkit)) == set(coatkit.__all__)
     with pytest.raises(AttributeError, match=r"public names: .*Expert"):
         coatkit.Expart  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*/src/**/*.py")), ids=lambda path: path.name)
+def test_plugins_import_public_names_only(path: Path) -> None:
+    import coatkit
+
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "coatkit":
+            if node.module == "coatkit":
+                assert {alias.name for alias in node.names} <= set(coatkit.__all__), f"{path}:{node.lineno}"
+            else:
+                assert (node.module or "").startswith("coatkit.backbones"), f"{path}:{node.lineno}"

@@ -286,7 +286,7 @@ EVERYTHING = {"lora", "tokens", "projector"}
         ({"lm": "none", "tokens": "none", "projector": "none"}, set()),
         ({"lm": "full"}, {"lm", "tokens", "projector"}),
         ({"tower": "full"}, EVERYTHING | {"tower"}),
-        ({"tokens": "all"}, EVERYTHING | {"lm"}),
+        ({"tokens": "all"}, EVERYTHING),
     ],
 )
 def test_train_chooses_what_learns(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from coatkit import AudioBatch
 from coatkit.build import build
 from coatkit.data.rows import JsonlRows, Row
 from coatkit.data.steps import Batch, load_batch
@@ -197,7 +199,10 @@ def wrong(project: Any, encode: str) -> CoatModel:
         ("return Features(torch.zeros(n, 4, 3), torch.full((n,), 5), 50.0)", r"lengths \[5, 5\] for 2 sounds of 4"),
         ("return Features(torch.zeros(n, 4, 3), torch.tensor([4]), 50.0)", r"lengths \[4\]"),
         ("return Features(torch.zeros(n, 4, 3), torch.full((n,), 4), 40.0)", "declares 50.0"),
-        ("return Features(torch.zeros(n, 4, 3), torch.tensor([4, 0]), 50.0)", "no frame for a sound"),
+        (
+            "return Features(torch.zeros(n, 4, 3), torch.tensor([4, 0]), 50.0)",
+            r"cover 0\.00 s of a sound of .*hears_all",
+        ),
         ("return torch.zeros(n, 4, 3)", "must give Features, not Tensor"),
         ("raise RuntimeError('out of tune')", r"wrong\.py:8: RuntimeError: out of tune"),
     ],
@@ -216,3 +221,8 @@ def test_a_name_needed_inside_is_refused(project: Any, name: str) -> None:
     project.spec["stages"] = [{**project.spec["stages"][0], "weights": {name: 1.0}}]
     with pytest.raises(PluginError, match=rf"experts\.{name}: this name is needed inside coatkit"):
         build(project.load(), "cpu")
+
+
+def test_arrays_of_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match="int16; expected float samples"):
+        AudioBatch.from_arrays([np.array([1000, -2000], np.int16)], 16_000)

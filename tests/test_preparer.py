@@ -271,3 +271,15 @@ def test_front_end_equals_the_stock_processors(
 )
 def test_token_counts(samples: int, tokens: int) -> None:
     assert audio_tokens(samples) == tokens
+
+
+@pytest.mark.parametrize(("answer", "message"), [("a<|im_end|>b", "which ends it"), ("", "an answer is empty")])
+def test_answers_that_cannot_be_learnt_as_written(preparer: Any, row: Any, answer: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        preparer.prepare([row("Hello?", answer)], None, train=True)
+
+
+def test_a_row_longer_than_the_context_is_refused(preparer: Any, row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparer, "max_tokens", 60)
+    with pytest.raises(DataError, match="tokens are more than the 60 this backbone reads"):
+        preparer.prepare([row("Hello? " * 20, "yes")], None, train=True)

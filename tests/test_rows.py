@@ -273,3 +273,9 @@ def test_files_without_rows(tmp_path: Path) -> None:
         JsonlRows(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         JsonlRows(tmp_path)
+
+
+def test_a_conversation_must_start_with_the_user() -> None:
+    turns = [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "hi?"}]
+    with pytest.raises(DataError, match="must start with the user"):
+        parse_row({"messages": turns}, "a.jsonl:1", Path())

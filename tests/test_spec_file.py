@@ -243,9 +243,12 @@ def test_thinking_off(folder: Path, off: str) -> None:
     assert loaded.resolved()["thinking"] == "off"
 
 
-def test_thinking_off_with_an_active_expert_is_refused_at_its_stages(folder: Path) -> None:
-    found = problems(folder, BASE + "thinking: off\n")
-    assert [p.partition(": experts teach")[0] for p in found] == ["8: stages.0.weights", "9: stages.1.weights"]
+def test_thinking_off_alone_gives_the_control_without_experts(folder: Path) -> None:
+    loaded = load(folder, BASE, "thinking=off")
+    assert loaded.spec.experts == {}
+    assert list(loaded.chosen) == ["backbone"]
+    assert [stage.active for stage in loaded.spec.stages] == [[], []]
+    assert any("thinking is off" in note for note in loaded.notes)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from coatkit import checkpoint
 from coatkit.build import build
 from coatkit.data.rows import JsonlRows
 from coatkit.data.steps import load_batch
-from coatkit.errors import DataError, RunError
+from coatkit.errors import DataError, PluginError, RunError
 from coatkit.optimization import group_parameters, schedule
 from coatkit.spec import StageSpec
 
@@ -464,18 +464,22 @@ def test_ctrl_c_saves_after_the_step(project: Any) -> None:
     assert [line["step"] for line in again.metrics] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_and_exits_with_0(project: Any) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_to_the_process_group_saves_and_exits_with_0(project: Any, workers: int) -> None:
     one_stage(project, 60, 4)
+    project.spec["data"]["workers"] = workers
     spec = project.write()
     metrics = project.folder / "run/metrics.jsonl"
     command = [sys.executable, "-c", "from coatkit.cli import main; main()", "train", str(spec)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.read_text().count("\n") > 1):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     steps = metrics.read_text().count("\n")
@@ -485,3 +489,61 @@ def test_sigterm_saves_and_exits_with_0(project: Any) -> None:
     run = project.train(resume=True)
     assert run.result.finished
     assert [line["step"] for line in run.metrics] == list(range(1, 61))
+
+
+# What a run is tied to
+
+
+def test_code_of_the_users_expert_changed_since_is_refused(project: Any) -> None:
+    project.train()
+    code = project.folder / "level.py"
+    code.write_text(code.read_text() + "\n# changed\n")
+    with pytest.raises(RunError, match=r"changed since: .*experts\.level\.fingerprint"):
+        project.train(resume=True)
+
+
+def test_other_weights_of_the_backbone_are_refused(project: Any) -> None:
+    from coatkit_backbone_mini.tiny import tiny_folder
+
+    import coatkit
+
+    tiny_folder(project.folder / "w", seed=1)
+    project.spec["backbone"]["weights"] = "./w"
+    run = project.train()
+    assert coatkit.load(run.folder, device="cpu").ask(None, "Hello?", max_new_tokens=2) is not None
+    shutil.rmtree(project.folder / "w")
+    tiny_folder(project.folder / "w", seed=2)
+    with pytest.raises(RunError, match="backbone's weights are not those"):
+        coatkit.load(run.folder, device="cpu")
+    with pytest.raises(RunError, match=r"changed since: .*backbone\.fingerprint"):
+        project.train(resume=True)
+
+
+def test_an_expert_that_hears_only_part_must_say_so(project: Any) -> None:
+    code = project.folder / "level.py"
+    code.write_text(code.read_text().replace("-(-audio.lengths // hop)", "-(-audio.lengths // hop // 4)"))
+    with pytest.raises(PluginError, match="hears_all = False"):
+        project.train()
+    text = code.read_text().replace(
+        "sample_rate, frame_rate, dim", "hears_all = False\n    sample_rate, frame_rate, dim"
+    )
+    code.write_text(text)
+    assert project.train("output=other").result.finished
+
+
+def test_a_full_disk_is_told_and_leaves_earlier_checkpoints(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coatkit import checkpoint
+
+    saved = []
+
+    def full(tensors: Any, path: Path) -> None:
+        saved.append(path)
+        if len(saved) > 2:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    save = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match=r"step-00000006: cannot be written: .*No space left on device"):
+        project.train()
+    assert os.listdir(project.folder / "run/checkpoints") == ["step-00000003"]

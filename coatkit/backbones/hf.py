@@ -255,7 +255,8 @@ class HFBackbone(Backbone):
         found: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                found.setdefault(self._part(name), []).append(parameter)
+                part = "tokens" if parameter is self.stock.get_input_embeddings().weight else self._part(name)
+                found.setdefault(part, []).append(parameter)
         return found
 
     def _part(self, name: str) -> str:

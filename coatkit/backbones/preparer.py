@@ -69,6 +69,11 @@ class HFPreparer(Preparer):
                 raise row.fail(str(error)) from None
             if train and all(label == IGNORE for label in laid[-1].labels):
                 raise row.fail("there is no answer to learn: an assistant message with text is needed")
+            if self.max_tokens is not None and len(laid[-1].ids) > self.max_tokens:
+                raise row.fail(
+                    f"{len(laid[-1].ids)} tokens are more than the {self.max_tokens} this backbone reads;"
+                    " use shorter or fewer sounds, or a smaller thinking.tokens_per_audio_token"
+                )
         width = max(len(one.ids) for one in laid)
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
         labels = torch.full_like(ids, IGNORE)
@@ -126,13 +131,17 @@ class HFPreparer(Preparer):
             pieces += block if after_header else []
             if answering:
                 done = self._render(messages[: i + 1])
-                pieces += self._answer(self._rest(done, header, row))
+                pieces += self._answer(self._rest(done, header, row), row)
         return pieces
 
-    def _answer(self, text: str) -> list[Text | Block]:
+    def _answer(self, text: str, row: Row) -> list[Text | Block]:
         """An answer is learnt up to and with its end-of-turn token; the markup after that is not."""
         ids = self._ids(text)
         ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        if len(ends) > 1:
+            raise row.fail(f"an answer holds {self.tokenizer.eos_token}, which ends it; remove it from the message")
+        if ends == [0]:
+            raise row.fail("an answer is empty; an assistant message with text is needed")
         cut = ends[0] + 1 if ends else len(ids)
         return [Text(ids[:cut], answer=True), Text(ids[cut:])]
 

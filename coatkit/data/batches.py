@@ -78,7 +78,7 @@ class BatchPlan:
 def split(rows: NDArray[np.int64], rank: int, world: int, accumulate: int) -> list[NDArray[np.int64]]:
     """One device's share of a step, in the parts it works through; sorted rows keep like lengths together.
 
-    Every device gets the same number of parts, some possibly empty, so that none waits for another.
+    Every device gets the same number of parts, some possibly empty.
     """
     mine = rows[rank::world]
     return [np.asarray(part) for part in np.array_split(mine, accumulate)]

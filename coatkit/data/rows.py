@@ -148,6 +148,8 @@ def parse_row(data: Any, where: str, folder: Path) -> Row:
         messages.append(Message(role, content))
     if not any(m.role == "user" for m in messages):
         raise fail("'messages' needs a user turn")
+    if next(m.role for m in messages if m.role != "system") != "user":
+        raise fail("'messages' must start with the user, after an optional system message")
     for i, (message, after) in enumerate(pairwise(messages)):
         if message.role == after.role:
             raise fail(f"messages[{i}] and messages[{i + 1}] are both from the {message.role}")

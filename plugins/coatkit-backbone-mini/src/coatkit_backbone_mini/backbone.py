@@ -20,6 +20,7 @@ class MiniPreparer(HFPreparer):
 
     # 8192 positions hold the sound twice (heard and thought about) and leave 500 for text.
     max_seconds = 150.0
+    max_tokens = 8192
 
     def __init__(self, tokenizer: Any, extractor: Any, thinking: ThinkingSpec | None) -> None:
         super().__init__(tokenizer, thinking, SOUND)

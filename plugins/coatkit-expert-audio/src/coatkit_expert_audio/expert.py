@@ -31,7 +31,7 @@ class AudioFeatures(Expert):
                 f"target {self.target!r} is not offered by this backbone, only {list(backbone.audio_dims)}"
             )
         self.dim = backbone.audio_dims[self.target]
-        self.source = type(backbone).__qualname__
+        self.source = backbone.fingerprint()
 
     def encode(self, audio: AudioBatch) -> Features:
         heard = audio.backbone
