@@ -15,7 +15,7 @@ import click
 def command(what: str) -> None:
     """Bring the weights that WHAT needs into the cache: a spec file, or the name of an expert or backbone.
 
-    Files are verified by SHA-256. Nothing else in coatkit downloads. COATKIT_CACHE moves the cache.
+    Files with a known SHA-256 are verified. Nothing else in coatkit downloads. COATKIT_CACHE moves the cache.
 
     \b
     Examples:
