@@ -264,10 +264,13 @@ def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) ->
         stream.write(json.dumps({**line, "grad_norm": str(norm)}) + "\n")
     limit = session.loaded.spec.optimizer.max_skipped
     if session.position.skipped > limit:
+        wrong = [name for name, value in terms.items() if not math.isfinite(value)]
         raise RunError(
             f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped:"
             f" {limit}; their rows are listed in {session.run.skipped}.\n"
-            "  What was saved before is intact. A new run with a lower learning rate may be needed."
+            f"  Not finite in the last: {', '.join(wrong) or 'the gradient, or no row was usable'}."
+            " What was saved before is intact.\n"
+            "  If it is one expert's term, look at what it encodes; else a lower learning rate may help a new run."
         )
 
 

@@ -33,4 +33,7 @@ def command(spec: Path, overrides: tuple[str, ...], resume: bool) -> None:
 
     result = train(loaded, resume=resume)
     done = "finished" if result.finished else f"stopped at step {result.position.step}; continue with --resume"
+    if result.position.skipped:
+        skipped = result.folder / "skipped.jsonl"
+        click.echo(f"{result.position.skipped} steps were skipped (NaN, Inf or no usable row); see {skipped}", err=True)
     click.echo(f"{done}: {result.folder}")
