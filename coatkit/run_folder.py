@@ -9,6 +9,7 @@ tensorboard/      the curves
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -114,18 +115,38 @@ class RunFolder:
         write_atomic(self.record, json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False) + "\n")
 
     def cut_after(self, step: int) -> None:
-        """Drop what was written of steps after `step`: they will be made again."""
-        for file in (self.metrics, self.skipped):
+        """Drop what was written of steps after `step`, which will be made again, and lines cut off by a crash.
+
+        A quarantined row stays written down whenever it was found: it is counted once.
+        """
+        for file, last in ((self.metrics, step), (self.skipped, step), (self.quarantine, math.inf)):
             if file.exists():
-                lines = file.read_text().splitlines(keepends=True)
-                write_atomic(file, "".join(line for line in lines if _step_of(line) <= step))
+                write_atomic(file, "".join(f"{line}\n" for line in _lines(file) if _step_of(line) <= last))
+
+    def quarantined(self) -> set[str]:
+        """Reasons of the rows set aside so far."""
+        if not self.quarantine.exists():
+            return set()
+        return {str(reason) for line in _lines(self.quarantine) if (reason := _parsed(line).get("reason"))}
+
+
+def _lines(file: Path) -> list[str]:
+    # Not splitlines(): a reason may hold characters that it takes for line ends.
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def _step_of(line: str) -> float:
+    step = _parsed(line).get("step")
+    return float(step) if isinstance(step, int | float) else math.nan  # NaN is after every step
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of JSON; empty when a crash cut it off."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a crash
+        data = json.loads(line)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def write_atomic(path: Path, text: str) -> None:

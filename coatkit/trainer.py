@@ -85,7 +85,7 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
     sources = _read_data(loaded, model)
-    record = describe(loaded, model, {path: (rows, found) for path, (rows, found) in sources.items()})
+    record = describe(loaded, model, sources)
     with Stop() as stop, _deterministic(accelerator.device):
         session = Session(loaded, accelerator, model, run, sources, stop)
         if resume and run.record.exists():
@@ -309,11 +309,9 @@ def _restore(session: Session) -> None:
         checkpoint.load_model(newest, session.model, session.names)
         session.moments, random = checkpoint.load_moments(newest)
         checkpoint.restore_random(random)
-    if session.run.quarantine.exists():
-        lines = session.run.quarantine.read_text(encoding="utf-8").splitlines()
-        session.bad_rows = {json.loads(line)["reason"] for line in lines}
     if session.accelerator.is_main_process:
         session.run.cut_after(session.position.step)
+    session.bad_rows = session.run.quarantined()
 
 
 def _agreed(accelerator: Accelerator, asked: bool) -> bool:

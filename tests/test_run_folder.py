@@ -190,6 +190,14 @@ def test_lines_that_are_no_metrics_are_cut(run: RunFolder, line: str) -> None:
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_quarantine_line_cut_off_by_a_crash_is_dropped_and_the_rest_kept(run: RunFolder) -> None:
+    whole = json.dumps({"step": 9, "reason": "a.jsonl:3: odd \u2028 name"}, ensure_ascii=False) + "\n"
+    run.quarantine.write_text(whole + '{"step": 9, "rea', encoding="utf-8")
+    run.cut_after(2)
+    assert run.quarantine.read_text(encoding="utf-8") == whole
+    assert run.quarantined() == {"a.jsonl:3: odd \u2028 name"}
+
+
 def test_cutting_metrics_that_are_not_there_makes_none(run: RunFolder) -> None:
     run.cut_after(5)
     assert not run.metrics.exists()
