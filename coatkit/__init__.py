@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from coatkit.backbones.hf import HFPreparer as HFPreparer
     from coatkit.backbones.options import BackboneOptions as BackboneOptions
     from coatkit.backbones.options import TrainOptions as TrainOptions
+    from coatkit.data.rows import AUDIO_TAG as AUDIO_TAG
     from coatkit.data.rows import AudioRef as AudioRef
     from coatkit.data.rows import JsonlRows as JsonlRows
     from coatkit.data.rows import Row as Row
@@ -47,7 +48,7 @@ _HOME = {
     "coatkit.assets": ("cache_dir", "require"),
     "coatkit.backbones.hf": ("HFBackbone", "HFPreparer"),
     "coatkit.backbones.options": ("BackboneOptions", "TrainOptions"),
-    "coatkit.data.rows": ("AudioRef", "JsonlRows", "Row"),
+    "coatkit.data.rows": ("AUDIO_TAG", "AudioRef", "JsonlRows", "Row"),
     "coatkit.errors": ("AssetError", "CoatkitError", "DataError"),
     "coatkit.hookspecs": ("hookimpl",),
     "coatkit.infer": ("load", "load_backbone", "load_expert"),

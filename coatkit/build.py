@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from coatkit.errors import CoatkitError, PluginError
+from coatkit.errors import PluginError, foreign_code
 from coatkit.model import CoatModel
 from coatkit.plugins import Component
 from coatkit.protocols import Backbone, Expert, Head
@@ -32,26 +32,21 @@ def construct(component: Component, *args: Any, **options: Any) -> Any:
         PluginError: If its constructor refuses; names the component.
     """
     cls = component.load_class()
-    try:
+    with foreign_code(lambda error: f"{component.use}: cannot be made with {options}: {error}"):
         return cls(*args, **options)
-    except CoatkitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{component.use}: cannot be made with {options}: {error}") from error
 
 
 def load_backbone(component: Component, options: Mapping[str, Any], thinking: Any, seed: int, device: str) -> Backbone:
     """A backbone with its weights on `device`."""
     settings = None if thinking is None else ThinkingSpec.model_validate(thinking)
     backbone: Backbone = construct(component, thinking=settings, **options)
-    try:
-        with seeded(seed, "backbone"):
-            backbone.load(torch.device(device))
-    except CoatkitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{component.use}: cannot be loaded: {type(error).__name__}: {error}") from error
+    with _loading(component), seeded(seed, "backbone"):
+        backbone.load(torch.device(device))
     return backbone
+
+
+def _loading(component: Component) -> AbstractContextManager[None]:
+    return foreign_code(lambda error: f"{component.use}: cannot be loaded: {type(error).__name__}: {error}")
 
 
 def load_expert(component: Component, options: Mapping[str, Any], backbone: Backbone | None, device: str) -> Expert:
@@ -63,15 +58,11 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
     expert: Expert = construct(component, **options)
     if backbone is None and expert.uses_backbone:
         raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
-    try:
+    with _loading(component):
         if backbone is not None:
             expert.bind(backbone)
         with seeded(0, f"expert {component.use}"):
             expert.load(torch.device(device), torch.float32)
-    except CoatkitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{component.use}: cannot be loaded: {type(error).__name__}: {error}") from error
     for name in ("sample_rate", "frame_rate", "dim"):
         value = getattr(expert, name, None)
         if not isinstance(value, int | float) or value <= 0:

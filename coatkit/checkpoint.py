@@ -53,30 +53,25 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        return _write(partial, final, model, names, moments, position, keep)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in learned(model, names).items()}
+        save_file(tensors, partial / "model.safetensors")
+        flat = {
+            f"{name}|{key}": t.detach().cpu().contiguous() for name, kept in moments.items() for key, t in kept.items()
+        }
+        flat["random|cpu"] = torch.get_rng_state()
+        for i in range(torch.cuda.device_count()):
+            flat[f"random|cuda:{i}"] = torch.cuda.get_rng_state(i)
+        save_file(flat, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        os.replace(partial, final)
+        _sync(folder)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{final}: cannot be written: {error}\n  Earlier checkpoints are intact.") from None
-
-
-def _write(
-    partial: Path, final: Path, model: nn.Module, names: frozenset[str], moments: Moments, position: Position, keep: int
-) -> Path:
-    folder = final.parent
-    tensors = {k: v.detach().cpu().contiguous() for k, v in learned(model, names).items()}
-    save_file(tensors, partial / "model.safetensors")
-    flat = {f"{name}|{key}": t.detach().cpu().contiguous() for name, kept in moments.items() for key, t in kept.items()}
-    flat["random|cpu"] = torch.get_rng_state()
-    for i in range(torch.cuda.device_count()):
-        flat[f"random|cuda:{i}"] = torch.cuda.get_rng_state(i)
-    save_file(flat, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
-    for file in (*partial.iterdir(), partial):
-        _sync(file)
-    os.replace(partial, final)
-    _sync(folder)
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
 
 

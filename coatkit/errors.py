@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class CoatkitError(Exception):
@@ -37,3 +38,18 @@ class AssetError(CoatkitError):
 
 class RunError(CoatkitError):
     """A run folder or checkpoint cannot be used as asked."""
+
+
+@contextmanager
+def foreign_code(describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Run a plugin's or user's code: what it raises becomes a `PluginError` that says whose it is.
+
+    Args:
+        describe: From the exception to the message.
+    """
+    try:
+        yield
+    except CoatkitError:
+        raise
+    except Exception as error:
+        raise PluginError(describe(error)) from error

@@ -82,13 +82,9 @@ class AudioThinker:
         else:
             ref = audio if isinstance(audio, AudioRef) else AudioRef(Path(audio))
             samples, rate = sound.read(ref, _MAX_SECONDS)
-        limit = preparer.max_seconds
-        if limit is not None and samples.size / rate > limit:
-            raise row.fail(f"{samples.size / rate:.1f} s is more than the {limit:g} s this backbone hears")
-        samples = sound.resample(samples, rate, preparer.sample_rate)
-        if preparer.audio_tokens(samples.size) < 1:
-            raise row.fail(f"{samples.size / preparer.sample_rate * 1000:.0f} ms is too short to give one audio token")
-        return samples
+        if reason := preparer.cannot_hear(samples.size / rate):
+            raise row.fail(reason)
+        return sound.resample(samples, rate, preparer.sample_rate)
 
 
 def load(run: str | Path, *, trained: bool = True, device: str | None = None) -> AudioThinker:
@@ -156,7 +152,7 @@ def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: s
     Args:
         name_or_use: What a spec's `use` takes.
         backbone: For experts that read the backbone's features.
-        device: Torch device; the best there is when left out.
+        device: Torch device; the CPU when left out, where `AudioBatch.from_arrays` puts sounds.
         options: The expert's options.
 
     Raises:
@@ -164,7 +160,7 @@ def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: s
         AssetError: If its weights have not been fetched.
     """
     component, checked = _resolve("expert", name_or_use, options)
-    return build.load_expert(component, checked, backbone, device or best_device())
+    return build.load_expert(component, checked, backbone, device)
 
 
 def best_device() -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coatkit.align import align
 from coatkit.data.steps import Batch
-from coatkit.errors import CoatkitError, PluginError
+from coatkit.errors import PluginError, foreign_code
 from coatkit.protocols import AudioBatch, Backbone, Expert, Features, Head
 
 
@@ -29,19 +29,17 @@ class Losses:
     counts: dict[str, int]
 
 
-@contextmanager
-def _named(expert: str, method: str, rows: Sequence[str]) -> Iterator[None]:
+def _named(expert: str, method: str, rows: Sequence[str]) -> AbstractContextManager[None]:
     """Say whose code failed, where, and on which rows; an expert may be anybody's."""
-    try:
-        yield
-    except CoatkitError:
-        raise
-    except Exception as error:
+
+    def describe(error: Exception) -> str:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise PluginError(
+        return (
             f"expert {expert!r}: {method} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
             f"\n  in a batch of rows {', '.join(rows)}"
-        ) from error
+        )
+
+    return foreign_code(describe)
 
 
 def check_features(features: Features, audio: AudioBatch, expert: Expert) -> None:

@@ -265,6 +265,14 @@ class Preparer(ABC):
     max_tokens: int | None = None
     """Longest row the backbone reads, tokens; longer rows are refused by `prepare`."""
 
+    def cannot_hear(self, seconds: float) -> str:
+        """Why a sound of this length cannot be heard; empty when it can."""
+        if self.max_seconds is not None and seconds > self.max_seconds:
+            return f"{seconds:.1f} s is more than the {self.max_seconds:g} s this backbone hears"
+        if self.audio_tokens(round(seconds * self.sample_rate)) < 1:
+            return f"{seconds * 1000:.0f} ms is too short to give one audio token"
+        return ""
+
     @abstractmethod
     def audio_tokens(self, samples: int) -> int:
         """Audio tokens for a sound of `samples` samples at `sample_rate`; 0 when it is too short to hear."""
@@ -275,8 +283,7 @@ class Preparer(ABC):
 
         Args:
             rows: B rows. When `train` is False the final assistant turn, if any, is left out and the inputs end where
-            the
-                answer begins (left-padded).
+                the answer begins (left-padded).
             audio: The rows' audios in order, at `sample_rate`; None when no row has one.
             train: Whether labels are wanted (right-padded).
 

@@ -152,6 +152,10 @@ class _Reader:
         return data
 
     def _walk(self, node: yaml.Node, path: Path_, problems: list[str]) -> None:
+        # Aliases share nodes, so a few lines can name billions of them; a spec is never that large.
+        self._visits += 1
+        if self._visits > 20_000 or len(path) > 40:
+            raise SpecError([f"{self.path}: too large or too deeply nested for a spec"])
         self.lines.setdefault(path, node.start_mark.line + 1)
         if node.tag not in _VALUE_TAGS:  # a run keeps its spec, and resumes from it: values must survive that
             problems.append(self.say(path, _NOT_PLAIN))
@@ -166,17 +170,10 @@ class _Reader:
                     first = self.lines[*path, name]
                     problems.append(f"{self.path}:{line}: {_dotted((*path, name))}: given twice, first on line {first}")
                 self.lines[*path, name] = line
-                self._walk_value(value, (*path, name), problems)
+                self._walk(value, (*path, name), problems)
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
-                self._walk_value(value, (*path, i), problems)
-
-    def _walk_value(self, node: yaml.Node, path: Path_, problems: list[str]) -> None:
-        # Aliases share nodes, so a few lines can name billions of them; a spec is never that large.
-        self._visits += 1
-        if self._visits > 20_000 or len(path) > 40:
-            raise SpecError([f"{self.path}: too large or too deeply nested for a spec"])
-        self._walk(node, path, problems)
+                self._walk(value, (*path, i), problems)
 
     def _override(self, data: Any, text: str) -> None:
         name, equals, value = text.partition("=")

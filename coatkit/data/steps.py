@@ -108,10 +108,8 @@ def _duration(row: Row, ref: AudioRef) -> float:
 def _check_length(row: Row, path: Path, seconds: float, data: DataSpec, preparer: Preparer) -> None:
     if seconds > data.max_seconds:
         raise row.fail(f"{path}: {seconds:.1f} s is over data.max_seconds ({data.max_seconds:g} s)")
-    if preparer.max_seconds is not None and seconds > preparer.max_seconds:
-        raise row.fail(f"{path}: {seconds:.1f} s is more than the {preparer.max_seconds:g} s this backbone hears")
-    if preparer.audio_tokens(round(seconds * preparer.sample_rate)) < 1:
-        raise row.fail(f"{path}: {seconds * 1000:.0f} ms is too short to give one audio token")
+    if reason := preparer.cannot_hear(seconds):
+        raise row.fail(f"{path}: {reason}")
 
 
 def _judge(bad: Sequence[tuple[int, str]], data: DataSpec, path: Path) -> None:

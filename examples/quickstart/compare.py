@@ -12,9 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import coatkit
-from coatkit import JsonlRows, Row
+from coatkit import AUDIO_TAG, JsonlRows, Row
 
-AUDIO_TAG = "<audio>"
 BATCH = 8
 
 
@@ -25,7 +24,7 @@ def plain(text: str) -> str:
 
 def answers(run: Path, rows: list[Row], trained: bool) -> list[str]:
     model = coatkit.load(run, trained=trained)
-    asked = [(row.audios[0], row.messages[0].content.replace(AUDIO_TAG, "")) for row in rows]
+    asked = [(row.audios[0], row.messages[0].content) for row in rows]
     # Sounds of like length are asked about together: less padding.
     order = sorted(range(len(rows)), key=lambda i: rows[i].audios[0].end or 0)
     found = {}
