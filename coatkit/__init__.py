@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from coatkit.protocols import Output as Output
     from coatkit.protocols import Preparer as Preparer
     from coatkit.spec import ThinkingSpec as ThinkingSpec
+    from coatkit.waveforms import conv_frames as conv_frames
+    from coatkit.waveforms import encode_by_length as encode_by_length
+    from coatkit.waveforms import receptive_field as receptive_field
+    from coatkit.waveforms import standardise as standardise
+    from coatkit.weights import fill_weights as fill_weights
+    from coatkit.weights import read_weights as read_weights
 
 __version__ = "0.1.0"
 
@@ -66,6 +72,8 @@ _HOME = {
         "Preparer",
     ),
     "coatkit.spec": ("ThinkingSpec",),
+    "coatkit.waveforms": ("conv_frames", "encode_by_length", "receptive_field", "standardise"),
+    "coatkit.weights": ("fill_weights", "read_weights"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted([*_WHERE, "__version__"])

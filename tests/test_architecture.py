@@ -14,8 +14,8 @@ CORE = ROOT / "coatkit"
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
 errors manifest losses progress head_options backbones.options spec
-hookspecs protocols assets data.rows checkpoint thinking
-builtin plugins align heads data.audio data.batches backbones.whisper
+hookspecs protocols assets weights data.rows checkpoint thinking
+builtin plugins align waveforms heads data.audio data.batches backbones.whisper
 spec_file data.steps backbones.preparer run_folder
 model backbones.hf
 build optimization run_record
@@ -149,7 +149,7 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 def test_the_core_is_small() -> None:
-    assert sum(code_lines(path) for path in MODULES.values()) < 3200
+    assert sum(code_lines(path) for path in MODULES.values()) < 3400
 
 
 def test_what_counts_as_code(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Reading an expert's weights: never running code from the file, and never leaving a tensor out silently."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from coatkit.errors import AssetError
+
+
+def read_weights(owner: str, path: Path) -> Any:
+    """What a weights file holds, on the CPU: tensors by name for `.safetensors`; for a torch file whatever its top is.
+
+    Args:
+        owner: The component's name, for messages.
+        path: `.safetensors`, or a file of `torch.save`, read with `weights_only`.
+
+    Raises:
+        AssetError: If the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    if not path.is_file():
+        raise AssetError(f"{owner}: there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AssetError(f"{owner}: {path} cannot be read as weights: {reason[0]}") from error
+
+
+def fill_weights(owner: str, path: Path, module: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Fill a module with exactly its own tensors.
+
+    Raises:
+        AssetError: If a tensor is missing, unexpected, of another shape, or not a tensor; names the file and them.
+    """
+    wanted = module.state_dict()
+    found = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise AssetError(f"{owner}: {path} does not fit the network: {'; '.join(problems[:6])}{more}")
+    module.load_state_dict({name: found[name] for name in wanted})
