@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from coatkit.losses import masked_mse as masked_mse
     from coatkit.manifest import Asset as Asset
     from coatkit.manifest import Manifest as Manifest
+    from coatkit.precision import exact_float32 as exact_float32
     from coatkit.protocols import AudioBatch as AudioBatch
     from coatkit.protocols import Backbone as Backbone
     from coatkit.protocols import BackboneAudio as BackboneAudio
@@ -60,6 +61,7 @@ _HOME = {
     "coatkit.infer": ("load", "load_backbone", "load_expert"),
     "coatkit.losses": ("masked_bce", "masked_focal_bce", "masked_mse"),
     "coatkit.manifest": ("Asset", "Manifest"),
+    "coatkit.precision": ("exact_float32",),
     "coatkit.protocols": (
         "AudioBatch",
         "Backbone",

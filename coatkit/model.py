@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coatkit.align import align
 from coatkit.data.steps import Batch
 from coatkit.errors import PluginError, foreign_code
+from coatkit.precision import exact_float32
 from coatkit.protocols import AudioBatch, Backbone, Expert, Features, Head
 
 
@@ -128,14 +129,13 @@ class CoatModel(nn.Module):
             audio = batch.audio[expert.sample_rate].to(device)
             audio.backbone = out.audio if expert.uses_backbone else None
             # A teacher works in float32, whatever the backbone's type.
-            exact = torch.autocast(device.type, enabled=False)
-            with torch.no_grad(), exact, _named(name, "encode", batch.inputs.row_ids):
+            with torch.no_grad(), exact_float32(device), _named(name, "encode", batch.inputs.row_ids):
                 features = expert.encode(audio)
                 check_features(features, audio, expert)
                 target = align(features, lengths, rate, expert.upsampling)
             with _named(name, "head", batch.inputs.row_ids):
                 predicted = self.heads[name](out.thinking.float(), mask).float()
-            with exact, _named(name, "loss", batch.inputs.row_ids):
+            with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
                 terms = expert.loss(predicted, target, mask)
                 if not isinstance(terms, dict) or any(value.ndim for value in terms.values()):
                     raise ValueError("loss must give a dict of names to scalar tensors")

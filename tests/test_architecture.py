@@ -14,7 +14,7 @@ CORE = ROOT / "coatkit"
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
 errors manifest losses progress head_options backbones.options spec
-hookspecs protocols assets weights data.rows checkpoint thinking
+hookspecs protocols precision assets weights data.rows checkpoint thinking
 builtin plugins align waveforms heads data.audio data.batches backbones.whisper
 spec_file data.steps backbones.preparer run_folder
 model backbones.hf

@@ -232,7 +232,7 @@ def test_absent_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"no weights file .*gone\.safetensors"):
         loaded(weights=str(tmp_path / "gone.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"not a tensor in sight")
-    with pytest.raises(AssetError, match=r"bad\.safetensors is not a readable safetensors file"):
+    with pytest.raises(AssetError, match=r"bad\.safetensors cannot be read as weights"):
         loaded(weights=str(tmp_path / "bad.safetensors"))
 
 

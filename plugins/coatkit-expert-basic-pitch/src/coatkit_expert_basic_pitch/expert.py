@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coatkit import AudioBatch, CoatkitError, Expert, Features, masked_focal_bce, masked_mse
+from coatkit import AudioBatch, CoatkitError, Expert, Features, exact_float32, masked_focal_bce, masked_mse
 from coatkit_expert_basic_pitch import loading, windowing
 from coatkit_expert_basic_pitch.network import CHANNELS, PITCH_BINS, Network
 from coatkit_expert_basic_pitch.options import Options
 
 _WINDOWS_AT_ONCE = 16
 """Windows that go through the network together (1.6 s of sound each): bounds memory to about 0.1 GB."""
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Compute in real float32 inside: no autocast, and no TF32 convolutions, which would cost the quiet bins."""
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        conv.fp32_precision = before
 
 
 class BasicPitch(Expert):
@@ -105,7 +90,7 @@ class BasicPitch(Expert):
         network = self._loaded()
         valid = features.float().masked_fill(~mask[..., None], 0.0)
         grid = valid.view(*valid.shape[:2], CHANNELS, PITCH_BINS).transpose(1, 2)
-        with _full_float32(features.device):
+        with exact_float32(features.device):
             return network.pitch_logits(grid)
 
     def loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -156,6 +141,5 @@ def _kept_features(network: Network, windows: Tensor) -> Tensor:
     """z of the kept rows of windows [W, 43844]: [W, 142, 2112], channel outermost."""
     # contour1 sees one row either way: the other rows (a sixth of the work) have no part in the kept ones.
     rows = slice(windowing.FIRST_ROW - 1, windowing.FIRST_ROW + windowing.KEPT_ROWS + 1)
-    with _full_float32(windows.device):
-        features = network.contour_features(network.harmonics(windows)[:, :, rows])[:, :, 1:-1]
-    return features.transpose(1, 2).flatten(2)
+    with exact_float32(windows.device):
+        return network.contour_features(network.level(windows)[:, rows])
