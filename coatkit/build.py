@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from coatkit.assets import require_all
 from coatkit.errors import PluginError, foreign_code
 from coatkit.model import CoatModel
 from coatkit.plugins import Component
@@ -82,6 +83,8 @@ def load_head(
 def build(loaded: LoadedSpec, device: str) -> CoatModel:
     """Backbone, experts and heads of a spec, as at the start of training."""
     spec = loaded.spec
+    # Every missing expert is named at once, before minutes go into loading the backbone.
+    require_all(loaded.assets("experts."), "coatkit fetch SPEC")
     chosen = loaded.chosen["backbone"]
     backbone = load_backbone(chosen.component, chosen.options, spec.thinking, spec.seed, device)
     experts: dict[str, Expert] = {}

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from coatkit.assets import needed
 from coatkit.errors import PluginError, SpecError
-from coatkit.manifest import Kind
+from coatkit.manifest import Asset, Kind
 from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec
 
@@ -56,6 +57,16 @@ class LoadedSpec:
     @property
     def output(self) -> Path:
         return self.path(self.spec.output)
+
+    def assets(self, of: str = "") -> list[tuple[str, Asset]]:
+        """Weights the chosen components need with these options, each once; only of those in places like `experts.`"""
+        wanted: list[tuple[str, Asset]] = []
+        for place, chosen in self.chosen.items():
+            if place.startswith(of):
+                model = chosen.component.options_model()
+                found = needed(chosen.component.manifest, model, chosen.options)
+                wanted += [pair for pair in found if pair not in wanted]
+        return wanted
 
     def resolved(self) -> dict[str, Any]:
         """The spec with every default filled in and every path absolute, as plain data."""

