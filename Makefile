@@ -1,12 +1,13 @@
 # make quickstart   train the embedded default on real sound and compare it with the untrained model
-# make test         what CI runs; make lint, make docs, make parity: see CONTRIBUTING.md
+# make test         what CI runs; the others: see CONTRIBUTING.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
+PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity setup weights clean
+.PHONY: quickstart test lint docs parity bench-experts paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -23,13 +24,32 @@ lint: setup
 docs:
 	@echo "The documentation is the Markdown in docs/; the site comes with the documentation issue."
 
-# Compare the basic-pitch network with the upstream package, in an environment of its own.
-parity: setup
+# Compare every expert with the package it stands for, which runs in an environment of its own (.parity). Writes the
+# table in docs/experts.md. HOME is moved, because panns-inference writes into it when it is imported.
+parity: setup .parity/.installed
+	@set -e; mkdir -p .parity/home; for name in $(PARITY); do \
+	  HOME=$(CURDIR)/.parity/home .parity/bin/python tests/parity/run.py dump $$name .parity/work/$$name; \
+	  $(BIN)/python tests/parity/run.py compare $$name .parity/work/$$name; \
+	done
+	$(BIN)/python tests/parity/run.py table .parity/work docs/experts.md
+
+.parity/.installed: tests/parity/requirements.txt tests/parity/packages.txt
 	$(PYTHON) -m venv .parity
-	.parity/bin/python -m pip install -q -r tests/parity/requirements-basic-pitch.txt
-	.parity/bin/python -m pip install -q --no-deps basic-pitch==0.4.0
-	.parity/bin/python tests/parity/basic_pitch.py dump .parity/basic_pitch.npz
-	$(BIN)/python tests/parity/basic_pitch.py compare .parity/basic_pitch.npz
+	.parity/bin/python -m pip install -q -r tests/parity/requirements.txt
+	.parity/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/parity/packages.txt
+	touch $@
+
+# Throughput of every expert against upstream's own call, in one run; needs `make parity` before.
+bench-experts: setup
+	HOME=$(CURDIR)/.parity/home $(BIN)/python benchmarks/experts.py
+
+# A few steps with all six experts at full size; random weights, because their checkpoints are not fetched here.
+paper-experts: setup
+	rm -rf examples/runs/paper-experts
+	$(BIN)/coatkit train examples/paper-experts.yaml --set backbone.weights=random \
+	  --set experts.spidr.weights=random --set experts.panns.weights=random \
+	  --set experts.emotion2vec.weights=random --set experts.mert.weights=random \
+	  --set stages.0.steps=2 --set stages.1.steps=4
 
 setup: $(VENV)/.installed
 
