@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coatkit.errors import RunError
+from coatkit.sharding import fill, like, whole
 
-FORMAT = 1
+FORMAT = 2
 Moments = dict[str, dict[str, Tensor]]
 """Optimizer state by parameter name."""
 
@@ -37,15 +38,29 @@ class Position:
 
 
 def learned(model: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
-    """Tensors a checkpoint keeps: parameters that learn, and everything in the heads."""
+    """Tensors a checkpoint keeps, whole: parameters that learn, and everything in the heads."""
+    return {k: whole(v) for k, v in _kept(model, names).items()}
+
+
+def _kept(model: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
     state = model.state_dict()
     return {k: v for k, v in state.items() if k in names or k.startswith("heads.")}
 
 
 def save(
-    folder: Path, model: nn.Module, names: frozenset[str], moments: Moments, position: Position, keep: int
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    moments: Moments,
+    random: Sequence[Mapping[str, Tensor]],
+    position: Position,
+    keep: int,
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN and remove all but the newest `keep`."""
+    """Write `folder`/step-NNNNNNNN and remove all but the newest `keep`.
+
+    Args:
+        tensors: What `learned` gave.
+        random: What `random_state` gave in each process.
+    """
     final = folder / f"step-{position.step:08d}"
     if (final / "state.json").is_file():  # the same step of the same run: already safe
         return final
@@ -53,14 +68,11 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in learned(model, names).items()}
-        save_file(tensors, partial / "model.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / "model.safetensors")
         flat = {
             f"{name}|{key}": t.detach().cpu().contiguous() for name, kept in moments.items() for key, t in kept.items()
         }
-        flat["random|cpu"] = torch.get_rng_state()
-        for i in range(torch.cuda.device_count()):
-            flat[f"random|cuda:{i}"] = torch.cuda.get_rng_state(i)
+        flat |= {f"random|{rank}.{key}": t for rank, states in enumerate(random) for key, t in states.items()}
         save_file(flat, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
         for file in (*partial.iterdir(), partial):
@@ -103,7 +115,7 @@ def load_model(checkpoint: Path, model: nn.Module, names: frozenset[str], ignore
         RunError: If a tensor is missing, left over, or of another shape; nothing is loaded then.
     """
     saved = {k: v for k, v in _read(checkpoint / "model.safetensors").items() if not k.startswith(ignore)}
-    wanted = learned(model, names)
+    wanted = _kept(model, names)
     problems = [f"missing {k}" for k in wanted if k not in saved]
     problems += [f"unexpected {k}" for k in saved if k not in wanted]
     problems += [
@@ -116,28 +128,36 @@ def load_model(checkpoint: Path, model: nn.Module, names: frozenset[str], ignore
         raise RunError(f"{checkpoint}: does not fit this model: {shown}")
     with torch.no_grad():
         for key, tensor in wanted.items():
-            tensor.copy_(saved[key])
+            fill(tensor, saved[key])
 
 
-def load_moments(checkpoint: Path) -> tuple[Moments, Mapping[str, Tensor]]:
-    """Optimizer state by parameter name, and random states by device."""
+def load_moments(checkpoint: Path) -> tuple[Moments, list[dict[str, Tensor]]]:
+    """Optimizer state by parameter name, and the random states of each process the run had."""
     moments: Moments = {}
-    random: dict[str, Tensor] = {}
+    random: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _read(checkpoint / "optimizer.safetensors").items():
         name, _, part = key.rpartition("|")
         if name == "random":
-            random[part] = tensor
+            rank, _, device = part.partition(".")
+            random.setdefault(int(rank), {})[device] = tensor
         else:
             moments.setdefault(name, {})[part] = tensor
-    return moments, random
+    return moments, [random[rank] for rank in sorted(random)]
 
 
-def restore_random(random: Mapping[str, Tensor]) -> None:
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's random states that this process draws from."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore_random(random: Mapping[str, Tensor], device: torch.device) -> None:
     """Set torch's random state as it was."""
     torch.set_rng_state(random["cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda:{i}" in random:
-            torch.cuda.set_rng_state(random[f"cuda:{i}"], i)
+    if device.type == "cuda" and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -162,7 +182,7 @@ def optimizer_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.P
     for name, parameter in named.items():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         if state:
-            found[name] = {k: torch.as_tensor(v) for k, v in state.items()}
+            found[name] = {k: whole(torch.as_tensor(v)) for k, v in state.items()}
     return found
 
 
@@ -171,5 +191,5 @@ def set_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
     for name, parameter in named.items():
         if name in moments:
             optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(parameter.device).clone() for k, v in moments[name].items()
+                k: v.clone() if k == "step" else like(parameter, v).clone() for k, v in moments[name].items()
             }

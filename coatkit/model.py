@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from coatkit.align import align
 from coatkit.data.steps import Batch
@@ -23,11 +24,11 @@ class Losses:
 
     Attributes:
         sums: `ce` and `EXPERT.TERM` to the sum over answer tokens or thinking positions, with gradient.
-        counts: `ce` and each expert to what its sums run over.
+        nothing: Zero, with a gradient of zeros for all that learns where processes must reduce the same gradients.
     """
 
     sums: dict[str, Tensor]
-    counts: dict[str, int]
+    nothing: Tensor
 
 
 def _named(expert: str, method: str, rows: Sequence[str]) -> AbstractContextManager[None]:
@@ -109,15 +110,20 @@ class CoatModel(nn.Module):
             found[f"heads.{name}"] = list(head.parameters())
         return found
 
-    def forward(self, batch: Batch, active: Sequence[str]) -> Losses:
+    def forward(self, batch: Batch | None, active: Sequence[str], *, together: bool = False) -> Losses:
         """Loss terms of a prepared batch.
 
         Args:
-            batch: Inputs and the same sounds at the experts' sample rates.
+            batch: Inputs and the same sounds at the experts' sample rates; None in a process that has no row.
             active: Experts that teach now; the others' heads are not run.
+            together: Whether other processes wait for the gradient of every parameter: one without sounds, or without
+                rows, then gives zeros.
         """
+        losses = Losses({}, self._nothing(together))
+        if batch is None:
+            return losses
         out = self.backbone.forward(batch.inputs)
-        losses = Losses({"ce": out.ce_sum}, {"ce": out.ce_count})
+        losses.sums["ce"] = out.ce_sum
         if out.thinking is None or out.audio is None:
             return losses
         device = out.thinking.device
@@ -141,5 +147,10 @@ class CoatModel(nn.Module):
                     raise ValueError("loss must give a dict of names to scalar tensors")
             for term, value in terms.items():
                 losses.sums[f"{name}.{term}"] = value * count
-            losses.counts[name] = count
         return losses
+
+    def _nothing(self, together: bool) -> Tensor:
+        # What is still sharded at this point belongs to units that every process runs.
+        learning = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)] if together else []
+        zero = torch.zeros((), device=next(self.parameters()).device)
+        return sum((p.flatten()[0].float() * 0.0 for p in learning), zero)

@@ -332,6 +332,10 @@ class Backbone(ABC):
                 digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
         return digest.hexdigest()
 
+    def units(self) -> list[nn.Module]:
+        """Modules that every forward pass calls once, whatever the rows; sharding gathers each as it is needed."""
+        return []
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by part (e.g. `lora`, `tokens`, `projector`), the names a stage's `lr` may use."""
         return {"model": [p for p in self.model.parameters() if p.requires_grad]}

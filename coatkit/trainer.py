@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -25,14 +24,16 @@ from coatkit import checkpoint
 from coatkit.build import build
 from coatkit.checkpoint import Moments, Position
 from coatkit.data.batches import BatchPlan
-from coatkit.data.rows import JsonlRows
-from coatkit.data.steps import Scan, Step, StepDataset, scan
+from coatkit.data.rows import JsonlRows, Message, Row
+from coatkit.data.steps import Batch, Scan, Step, StepDataset, load_batch, scan
 from coatkit.errors import DataError, RunError
 from coatkit.model import CoatModel
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
+from coatkit.parallel import Team, summed
 from coatkit.progress import TrainingProgress
 from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
+from coatkit.sharding import whole
 from coatkit.spec import StageSpec
 from coatkit.spec_file import LoadedSpec
 from coatkit.thinking import IGNORE
@@ -52,7 +53,7 @@ class Session:
     """What the loop carries from step to step."""
 
     loaded: LoadedSpec
-    accelerator: Accelerator
+    team: Team
     model: CoatModel
     run: RunFolder
     sources: dict[Path, tuple[JsonlRows, Scan]]
@@ -60,8 +61,13 @@ class Session:
     position: Position = field(default_factory=Position)
     moments: Moments = field(default_factory=dict)
     bad_rows: set[str] = field(default_factory=set)
+    filler: Batch | None = None
 
     def __post_init__(self) -> None:
+        if self.team.shards:
+            row = Row("filler", (Message("user", "a"), Message("assistant", "b")), ())
+            preparer = self.model.backbone.preparer
+            self.filler = load_batch([row], preparer, (), self.loaded.spec.data.max_seconds, train=True)
         # Named before stages switch heads off, so that every checkpoint holds everything that ever learns.
         self.names = frozenset(n for n, p in self.model.named_parameters() if p.requires_grad)
 
@@ -75,30 +81,27 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     """
     spec = loaded.spec
     run = RunFolder(loaded.output)
+    team = Team()
     if not resume:
-        run.refuse_if_taken()
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise RunError("training on several devices is not ready yet: start coatkit without a launcher, on one device")
-    torch.manual_seed(spec.seed)
-    model = build(loaded, str(accelerator.device))
+        team.once(run.refuse_if_taken)
+    torch.manual_seed(spec.seed + team.rank)  # each process drops out its own
+    model = build(loaded, str(team.device))
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
     sources = _read_data(loaded, model)
     record = describe(loaded, model, sources)
-    with Stop() as stop, _deterministic(accelerator.device):
-        session = Session(loaded, accelerator, model, run, sources, stop)
+    with Stop() as stop, _deterministic(team.device):
+        session = Session(loaded, team, model, run, sources, stop)
         if resume and run.record.exists():
-            run.check_same(loaded.resolved(), record)
+            team.once(lambda: run.check_same(loaded.resolved(), record))
             _restore(session)
-        elif accelerator.is_main_process:
-            run.start(loaded.resolved(), record)
+        else:
+            team.once(lambda: run.start(loaded.resolved(), record))
             _quarantine(session, [reason for _, found in sources.values() for _, reason in found.bad])
-        accelerator.wait_for_everyone()
-        begun, quiet = session.position.step, not accelerator.is_main_process
+        begun = session.position.step
         with (
-            SummaryWriter(str(run.path / "tensorboard"), purge_step=begun) as board,
-            TrainingProgress(spec.total_steps, begun, quiet) as progress,
+            SummaryWriter(str(run.path / "tensorboard"), purge_step=begun) if team.leads else nullcontext() as board,
+            TrainingProgress(spec.total_steps, begun, quiet=not team.leads) as progress,
         ):
             for line in opening_lines(loaded, record, begun):
                 progress.say(line)
@@ -120,24 +123,25 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warning)
 
 
-def _train_stage(session: Session, board: SummaryWriter, progress: TrainingProgress) -> None:
+def _train_stage(session: Session, board: SummaryWriter | None, progress: TrainingProgress) -> None:
     """The rest of the stage the session stands in."""
-    spec, position, model = session.loaded.spec, session.position, session.model
-    stage, accelerator = spec.stages[position.stage], session.accelerator
+    spec, position, model, team = session.loaded.spec, session.position, session.model, session.team
+    stage = spec.stages[position.stage]
     for name, head in model.heads.items():
-        head.requires_grad_(name in stage.active)
+        head.requires_grad_(name in stage.active or team.shards)  # a sharded model keeps what it was sharded with
+    wrapped = team.spread(model, model.backbone.units())
     groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
     checkpoint.set_moments(optimizer, named, session.moments)
-    wrapped = accelerator.prepare(model)
     model.train()
-    for step in _steps(session, stage):
+    for share in _steps(session, stage):
         started = time.perf_counter()
+        step = _agree(session, share)
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * shape
-        terms = _accumulate(accelerator, wrapped, step, stage)
-        norm = float(accelerator.clip_grad_norm_(named.values(), spec.optimizer.clip_norm))
+        terms = _accumulate(session, wrapped, step, stage)
+        norm = float(whole(team.accelerator.clip_grad_norm_(named.values(), spec.optimizer.clip_norm)))
         healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
         if healthy:
             optimizer.step()
@@ -149,7 +153,7 @@ def _train_stage(session: Session, board: SummaryWriter, progress: TrainingProgr
         progress.step(position.step, stage.name, terms)
         if not healthy:
             _skip(session, step, terms, norm)
-        stopping = _agreed(accelerator, session.stop.asked)
+        stopping = any(team.gather(session.stop.asked))
         last = position.stage_step == stage.steps
         if last or stopping or position.stage_step % spec.checkpoint.every == 0:
             session.moments |= checkpoint.optimizer_moments(optimizer, named)
@@ -160,45 +164,66 @@ def _train_stage(session: Session, board: SummaryWriter, progress: TrainingProgr
             _save(session)
         if stopping:
             session.stop.asked = True
-            return
+            break
+    team.release()
 
 
-def _accumulate(accelerator: Accelerator, wrapped: nn.Module, step: Step, stage: StageSpec) -> dict[str, float]:
+@dataclass(frozen=True)
+class TeamStep:
+    """One optimizer step, as every process knows it: its own batches, everyone's rows, and what the sums run over."""
+
+    batches: list[Batch | None]
+    row_ids: list[str]
+    answers: int
+    thinking: int
+
+
+def _agree(session: Session, share: Step) -> TeamStep:
+    """Tell every process what each holds of a step; bad rows are set aside and counted.
+
+    Raises:
+        DataError: In every process, if a row of any is bad and is to be refused.
+    """
+    batches = [batch for batch in share.batches if batch is not None]
+    answers = sum(int((b.inputs.labels[:, 1:] != IGNORE).sum()) for b in batches if b.inputs.labels is not None)
+    thinking = sum(int(b.inputs.think_lengths.sum()) for b in batches)
+    shares = session.team.gather((share.error, share.bad, share.row_ids, answers, thinking))
+    errors, bad, row_ids, all_answers, all_thinking = zip(*shares, strict=True)
+    if error := next(filter(None, errors), None):
+        raise DataError(error)
+    _quarantine(session, [reason for reasons in bad for reason in reasons])
+    return TeamStep(share.batches, [i for ids in row_ids for i in ids], sum(all_answers), sum(all_thinking))
+
+
+def _accumulate(session: Session, wrapped: nn.Module, step: TeamStep, stage: StageSpec) -> dict[str, float]:
     """Forward and backward of one step's batches; gives every loss term, and their weighted sum as `loss`.
 
-    Each term is divided by its count over all batches and devices, so splitting a step changes memory, not the loss.
+    Each term is divided by its count over all batches and processes, so splitting a step changes memory, not the loss.
     """
-    counts = _counts(accelerator, step)
+    team = session.team
+    if not step.row_ids:
+        return {}
     weights = {"ce": stage.ce_weight, **stage.weights}
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
-        with nullcontext() if i == len(step.batches) - 1 else accelerator.no_sync(wrapped):
-            losses = wrapped(batch, stage.active)
-            means = {k: v / counts["ce" if k == "ce" else "thinking"] for k, v in losses.sums.items()}
-            loss = sum(
-                (weights[k.partition(".")[0]] * v for k, v in means.items()), torch.zeros(()).to(accelerator.device)
-            )
+        last = i == len(step.batches) - 1
+        with nullcontext() if last else team.accelerator.no_sync(wrapped):
+            losses = wrapped(batch or session.filler, stage.active if batch else (), together=team.size > 1)
+            if batch is None:  # nothing of the filler counts, but its layers were called, as other processes expect
+                losses.nothing, losses.sums = losses.nothing + 0.0 * losses.sums.pop("ce", 0.0), {}
+            means = {k: v / max(1, step.answers if k == "ce" else step.thinking) for k, v in losses.sums.items()}
+            loss = losses.nothing + sum(weights[k.partition(".")[0]] * v for k, v in means.items())
             if loss.requires_grad:  # rows of text alone teach nothing where only projector and heads learn
-                # Gradients are averaged over devices, and the counts already run over all of them.
-                accelerator.backward(loss * accelerator.num_processes)
+                # Gradients are averaged over processes, and the counts already run over all of them.
+                team.accelerator.backward(loss * team.size)
         for name, value in means.items():
             terms[name] = terms.get(name, 0) + value.detach().float()
-    found = {name: float(accelerator.reduce(value, "sum")) for name, value in terms.items()}
-    if found:
-        found["loss"] = sum(weights[name.partition(".")[0]] * value for name, value in found.items())
-    return found
-
-
-def _counts(accelerator: Accelerator, step: Step) -> dict[str, int]:
-    """Answer tokens and thinking positions over all batches of all devices."""
-    answers = sum(int((b.inputs.labels[:, 1:] != IGNORE).sum()) for b in step.batches if b.inputs.labels is not None)
-    thinking = sum(int(b.inputs.think_lengths.sum()) for b in step.batches)
-    both = accelerator.reduce(torch.tensor([answers, thinking], device=accelerator.device), "sum")
-    return {"ce": max(1, int(both[0])), "thinking": max(1, int(both[1]))}
+    found = summed(team.gather({name: float(value) for name, value in terms.items()}))
+    return {**found, "loss": sum(weights[name.partition(".")[0]] * value for name, value in found.items())}
 
 
 def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
-    """The stage's remaining steps, prepared; bad rows are set aside and counted."""
+    """This process's share of the stage's remaining steps, prepared."""
     spec, position = session.loaded.spec, session.position
     rows, found = session.sources[session.loaded.path(stage.train or spec.data.train)]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
@@ -210,10 +235,10 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         session.model.backbone.preparer,
         rates,
         spec.data,
-        session.accelerator.process_index,
-        session.accelerator.num_processes,
+        session.team.rank,
+        session.team.size,
     )
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_size=None,
         sampler=range(position.stage_step, stage.steps),
@@ -221,11 +246,6 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
     )
-    for step in loader:
-        if step.error:
-            raise DataError(step.error)
-        _quarantine(session, step.bad)
-        yield step
 
 
 def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[Path, tuple[JsonlRows, Scan]]:
@@ -244,9 +264,10 @@ def _quarantine(session: Session, reasons: list[str]) -> None:
     fresh = [reason for reason in dict.fromkeys(reasons) if reason not in session.bad_rows]
     if not fresh:
         return
-    with session.run.quarantine.open("a", encoding="utf-8") as stream:
-        for reason in fresh:
-            stream.write(json.dumps({"step": session.position.step, "reason": reason}, ensure_ascii=False) + "\n")
+    if session.team.leads:
+        with session.run.quarantine.open("a", encoding="utf-8") as stream:
+            for reason in fresh:
+                stream.write(json.dumps({"step": session.position.step, "reason": reason}, ensure_ascii=False) + "\n")
     session.bad_rows.update(fresh)
     limit = session.loaded.spec.data.max_bad_rows
     if len(session.bad_rows) > limit:
@@ -256,12 +277,13 @@ def _quarantine(session: Session, reasons: list[str]) -> None:
         )
 
 
-def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) -> None:
+def _skip(session: Session, step: TeamStep, terms: dict[str, float], norm: float) -> None:
     """Count a step that gave NaN or Inf, or had no usable row, and write its rows down."""
     session.position.skipped += 1
     line = {"step": session.position.step, "rows": step.row_ids, "terms": {k: str(v) for k, v in terms.items()}}
-    with session.run.skipped.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({**line, "grad_norm": str(norm)}) + "\n")
+    if session.team.leads:
+        with session.run.skipped.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({**line, "grad_norm": str(norm)}) + "\n")
     limit = session.loaded.spec.optimizer.max_skipped
     if session.position.skipped > limit:
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -274,9 +296,9 @@ def _skip(session: Session, step: Step, terms: dict[str, float], norm: float) ->
         )
 
 
-def _log(session: Session, board: SummaryWriter, stage: StageSpec, numbers: dict[str, float]) -> None:
-    """One line of metrics, and the same numbers for TensorBoard."""
-    if not session.accelerator.is_main_process:
+def _log(session: Session, board: SummaryWriter | None, stage: StageSpec, numbers: dict[str, float]) -> None:
+    """One line of metrics, and the same numbers for TensorBoard; from the first process."""
+    if board is None:
         return
     position = session.position
     where: dict[str, Any] = {"step": position.step, "stage": stage.name, "stage_step": position.stage_step}
@@ -288,34 +310,28 @@ def _log(session: Session, board: SummaryWriter, stage: StageSpec, numbers: dict
 
 
 def _save(session: Session) -> None:
-    """A checkpoint of everything that learns and of where training stands."""
-    if session.accelerator.is_main_process:
-        checkpoint.save(
-            session.run.checkpoints,
-            session.model,
-            session.names,
-            session.moments,
-            session.position,
-            session.loaded.spec.checkpoint.keep,
-        )
-    session.accelerator.wait_for_everyone()
+    """A checkpoint of everything that learns and of where training stands; the first process writes it."""
+    team, spec = session.team, session.loaded.spec
+    tensors = checkpoint.learned(session.model, session.names)
+    random = team.gather(checkpoint.random_state(team.device))
+
+    def write() -> None:
+        folder, keep = session.run.checkpoints, spec.checkpoint.keep
+        checkpoint.save(folder, tensors, session.moments, random, session.position, keep)
+
+    team.once(write)
 
 
 def _restore(session: Session) -> None:
     """Go back to the newest checkpoint; without one the run begins again."""
-    newest = session.run.latest()
+    team, newest = session.team, session.run.latest()
     if newest is not None:
         session.position = checkpoint.load_position(newest)
         checkpoint.load_model(newest, session.model, session.names)
         session.moments, random = checkpoint.load_moments(newest)
-        checkpoint.restore_random(random)
-    if session.accelerator.is_main_process:
-        session.run.cut_after(session.position.step)
+        if team.rank < len(random):
+            checkpoint.restore_random(random[team.rank], team.device)
+        else:  # more processes than the run had: rows and their order stay, dropout is drawn anew
+            torch.manual_seed(session.loaded.spec.seed + team.rank + 1000 * session.position.step)
+    team.once(lambda: session.run.cut_after(session.position.step))
     session.bad_rows = session.run.quarantined()
-
-
-def _agreed(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether any device was asked to stop; all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return asked
-    return bool(accelerator.reduce(torch.tensor(int(asked), device=accelerator.device), "sum"))

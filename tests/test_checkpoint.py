@@ -14,6 +14,7 @@ from coatkit import checkpoint
 from coatkit.checkpoint import Position
 from coatkit.errors import RunError
 
+CPU = torch.device("cpu")
 NAMES = frozenset({"body.weight", "tokens"})
 
 
@@ -39,7 +40,8 @@ def names_of(model: Model) -> frozenset[str]:
 
 
 def save(folder: Path, model: Model, step: int, moments: checkpoint.Moments | None = None, keep: int = 9) -> Path:
-    return checkpoint.save(folder, model, names_of(model), moments or {}, Position(step=step), keep)
+    tensors = checkpoint.learned(model, names_of(model))
+    return checkpoint.save(folder, tensors, moments or {}, [checkpoint.random_state(CPU)], Position(step=step), keep)
 
 
 def same_bits(a: nn.Module, b: nn.Module, names: set[str]) -> bool:
@@ -66,21 +68,21 @@ def test_a_checkpoint_holds_safetensors_and_json_alone(tmp_path: Path) -> None:
     assert path.name == "step-00000012"
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     state = json.loads((path / "state.json").read_text())
-    assert state == {"format": 1, "step": 12, "stage": 0, "stage_step": 0, "skipped": 0}
+    assert state == {"format": 2, "step": 12, "stage": 0, "stage_step": 0, "skipped": 0}
 
 
 def test_the_position_comes_back(tmp_path: Path) -> None:
     position = Position(step=120, stage=1, stage_step=60, skipped=2)
-    path = checkpoint.save(tmp_path, Model(), NAMES, {}, position, keep=1)
+    path = checkpoint.save(tmp_path, checkpoint.learned(Model(), NAMES), {}, [], position, keep=1)
     assert checkpoint.load_position(path) == position
 
 
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ('{"format": 2, "step": 1, "stage": 0, "stage_step": 0, "skipped": 0}', "format 2, but this coatkit reads"),
+        ('{"format": 1, "step": 1, "stage": 0, "stage_step": 0, "skipped": 0}', "format 1, but this coatkit reads"),
         ('{"step": 1}', "state.json: damaged"),
-        ('{"format": 1, "steps": 1}', "state.json: damaged"),
+        ('{"format": 2, "steps": 1}', "state.json: damaged"),
         ("{", "state.json: damaged"),
         ("[]", "state.json: damaged"),
         ("3", "state.json: damaged"),
@@ -256,7 +258,7 @@ def test_learning_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     checkpoint.load_model(path, resumed, names_of(resumed))
     moments, random = checkpoint.load_moments(path)
     checkpoint.set_moments(again, renamed, moments)
-    checkpoint.restore_random(random)
+    checkpoint.restore_random(random[0], CPU)
     learn(resumed, again, 3)
     assert same_bits(straight, resumed, set(straight.state_dict()))
 

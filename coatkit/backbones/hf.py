@@ -250,6 +250,10 @@ class HFBackbone(Backbone):
         finally:
             self._embeds = self._tower = self._hidden = None
 
+    def units(self) -> list[nn.Module]:
+        # Not the tower's layers: a process whose rows have no sound does not call them.
+        return list(self.language_model.layers)
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
         embedding = self.stock.get_input_embeddings().weight

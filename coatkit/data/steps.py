@@ -42,10 +42,11 @@ class Batch:
 class Step:
     """One device's share of an optimizer step, and the rows that had to be left out of it.
 
+    Every device has the same number of batches; one that got no row, or no usable one, is None.
     `error` carries what is wrong out of a worker process, which could only raise it with a traceback.
     """
 
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[Batch | None] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     row_ids: list[str] = field(default_factory=list)
     error: str = ""
@@ -186,9 +187,8 @@ class StepDataset(Dataset[Step]):
             except DataError as error:
                 out.error = str(error)
                 return out
-            if batch is not None:
-                out.batches.append(batch)
-                out.row_ids += batch.inputs.row_ids
+            out.batches.append(batch)
+            out.row_ids += batch.inputs.row_ids if batch is not None else []
         return out
 
     def _load(self, rows: list[Row], out: Step) -> Batch | None:

@@ -1,0 +1,101 @@
+"""Several processes: what they agree on, what one does for all, and how the model is spread over them.
+
+One process is a team of one, and everything here then costs nothing. Launchers (`accelerate launch`, `torchrun`) set
+the environment that accelerate reads; `ACCELERATE_USE_FSDP`, which `accelerate launch --use_fsdp` sets, asks for
+sharding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from coatkit.errors import CoatkitError, RunError
+
+T = TypeVar("T")
+
+
+class Team:
+    """The processes of a run.
+
+    Attributes:
+        accelerator: accelerate's handle on them.
+        shards: Whether parameters are spread over the processes (FSDP2) rather than repeated on each (DDP).
+    """
+
+    def __init__(self) -> None:
+        # Sharding is torch's own fully_shard on the units the backbone names, the same code on CPU and GPU.
+        # accelerate would shard by its own rules, and only on a GPU, so it is not told.
+        self.shards = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise RunError(
+                "coatkit does not train under DeepSpeed; `accelerate launch --use_fsdp` shards parameters, gradients"
+                " and optimizer state as its ZeRO stage 3 does"
+            )
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.rank: int = self.accelerator.process_index
+        self.size: int = self.accelerator.num_processes
+        self.leads = self.rank == 0
+        self.device = torch.device(self.accelerator.device.type, self.accelerator.device.index)
+        self.shards = self.shards and self.size > 1
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, in order of rank; to be called by all."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def once(self, work: Callable[[], None]) -> None:
+        """Do something in the first process only; all wait for it, and all raise what it raises.
+
+        Raises:
+            CoatkitError: The first process's.
+        """
+        problem: CoatkitError | None = None
+        if self.leads:
+            try:
+                work()
+            except CoatkitError as error:
+                problem = error
+        if first := self.gather(problem)[0]:
+            raise first
+
+    def spread(self, model: nn.Module, units: Iterable[nn.Module]) -> nn.Module:
+        """The model to call in training: itself, in DDP, or sharded in place with each unit gathered as it is needed.
+
+        Args:
+            units: Modules that every process calls once in every forward pass.
+        """
+        if not self.shards:
+            wrapped: nn.Module = self.accelerator.prepare(model)
+            return wrapped
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(model, FSDPModule):
+            mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.size,))
+            again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+            for unit in units:
+                fully_shard(unit, mesh=mesh, reshard_after_forward=again)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return model
+
+    def release(self) -> None:
+        """Let go of what `spread` made, so that the next stage's can hook the same parameters."""
+        if self.size > 1:
+            self.accelerator.free_memory()
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum of mappings that need not have the same keys, in the order they come."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
