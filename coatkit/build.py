@@ -56,7 +56,8 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
     Raises:
         PluginError: If it cannot be loaded, leaves `dim` or `frame_rate` unset, or needs a backbone and there is none.
     """
-    expert: Expert = construct(component, **options)
+    with seeded(0, f"expert {component.use}"):
+        expert: Expert = construct(component, **options)
     if backbone is None and expert.uses_backbone:
         raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
     with _loading(component):

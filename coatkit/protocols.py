@@ -78,7 +78,7 @@ class Features:
     """Frames of an expert.
 
     Attributes:
-        values: [A, L, d], zero-padded on the right.
+        values: [A, L, d]; what lies beyond a sound's frames is not looked at.
         lengths: [A] int64, valid frames of each sound.
         frame_rate: Frames per second, Hz.
         offset: Time of the start of frame 0 in seconds; frame i covers [offset + i / rate, offset + (i + 1) / rate).
@@ -167,7 +167,9 @@ class Expert(ABC):
                     digest.update(flat.contiguous().view(torch.uint8).numpy().tobytes())
             elif isinstance(value, np.ndarray):
                 digest.update(f"{key}={value.dtype}{value.shape}".encode() + value.tobytes())
-            elif isinstance(value, str | int | float | bool | tuple | list | dict | set | Path):
+            elif isinstance(value, set):  # in an order that is the same in every process
+                digest.update(f"{key}={sorted(map(repr, value))}".encode())
+            elif isinstance(value, str | int | float | bool | tuple | list | dict | Path):
                 digest.update(f"{key}={value!r}".encode())
         return digest.hexdigest()
 

@@ -1,0 +1,80 @@
+"""Spoiling a checkpoint file, to see that its reader notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SPOILS = ("missing", "unexpected", "shape", "truncated")
+"""What `Checkpoint.spoil` can do."""
+EXTRA = "conformance_extra"
+"""Last part of the name of the tensor that `unexpected` adds."""
+
+
+class Checkpoint:
+    """A checkpoint in its upstream layout, kept so that it can be spoiled and put right again.
+
+    Args:
+        path: A file, or a folder whose largest file holds the tensors.
+        tensor: Name of a tensor the expert needs, as the file calls it; the first one when empty.
+
+    Attributes:
+        trouble: Why the expert cannot load it whole; empty where it can, None where nobody has tried.
+
+    Raises:
+        ValueError: If there is no such tensor, or none at all.
+    """
+
+    def __init__(self, path: Path, tensor: str = "") -> None:
+        self.path = path
+        self.trouble: str | None = None
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        if not files:
+            raise ValueError(f"{path} is neither a file nor a folder with files")
+        self.file = max(files, key=lambda p: p.stat().st_size)
+        found = self._tensors(self._read(), tensor)
+        self.tensor = tensor or next(name for name, value in found.items() if isinstance(value, Tensor))
+
+    def spoil(self, how: str) -> None:
+        """Write the file anew with one fault; see `SPOILS`."""
+        self._whole = self.file.read_bytes()
+        if how == "truncated":
+            self.file.write_bytes(self._whole[: len(self._whole) // 2])
+            return
+        content = self._read()
+        tensors = self._tensors(content, self.tensor)
+        value = tensors[self.tensor]
+        if how == "missing":
+            del tensors[self.tensor]
+        elif how == "unexpected":
+            parent = self.tensor.rpartition(".")[0]
+            tensors[f"{parent}.{EXTRA}".lstrip(".")] = value.clone()
+        else:
+            tensors[self.tensor] = torch.zeros(*value.shape, 2)  # one dimension more fits nowhere
+        if self.file.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, self.file)
+        else:
+            torch.save(content, self.file)
+
+    def mend(self) -> None:
+        """Put the file back as it was."""
+        self.file.write_bytes(self._whole)
+
+    def _read(self) -> Any:
+        if self.file.suffix == ".safetensors":
+            return load_file(self.file)
+        return torch.load(self.file, map_location="cpu", weights_only=True)
+
+    def _tensors(self, content: Any, wanted: str) -> dict[str, Any]:
+        """The dict in a file's content that holds `wanted`, or, when that is empty, the first that holds a tensor."""
+        todo = [content]
+        for value in todo:
+            if isinstance(value, dict):
+                if wanted in value or (not wanted and any(isinstance(v, Tensor) for v in value.values())):
+                    return value
+                todo += value.values()
+        raise ValueError(f"{self.file} holds no tensor {wanted}".rstrip())
