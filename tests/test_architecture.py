@@ -14,7 +14,7 @@ CORE = ROOT / "coatkit"
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
 errors manifest losses progress sharding head_options backbones.options spec
-hookspecs protocols precision download weights data.rows checkpoint thinking
+hookspecs spec_reader protocols precision download weights data.rows checkpoint thinking
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper
 spec_file data.steps backbones.preparer run_folder
 model backbones.hf
@@ -34,8 +34,8 @@ PACKAGES = {"", "data", "backbones", "testing"}  # their __init__ holds nothing,
 # What the spec and the command line may cost at import time.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
-    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_file", "assets", "download"),
-    *("head_options", "backbones.options"),
+    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_file", "spec_reader"),
+    *("assets", "download", "head_options", "backbones.options"),
 }
 
 MODULES = {

@@ -130,9 +130,9 @@ def test_a_good_spec_is_described(spec: Path, monkeypatch: pytest.MonkeyPatch, c
     assert err == ""
     assert out.splitlines()[0] == f"{spec}: ok"
     assert "  backbone: mini (coatkit-backbone-mini 0.1.0)" in out
-    assert f"  experts.loud: ./loudness.py:Loudness ({spec.parent / 'loudness.py'})" in out
+    assert "  experts.audio: audio (coatkit-expert-audio 0.1.0)" in out
     assert "  stage one: 7 steps, experts audio x 1" in out
-    assert "  note: expert 'loud' is active in no stage" in out
+    assert "  note: expert 'loud' is active in no stage, so it is not loaded" in out
 
 
 def test_a_wrong_spec_is_two_and_names_every_problem(

@@ -515,7 +515,9 @@ def test_data_need_not_be_there_to_answer_from_a_run(folder: Path) -> None:
 
 def test_an_expert_of_no_stage_is_noted(folder: Path) -> None:
     loaded = load(folder, changed("  audio: {target: consumed}", "  audio:\n  idle: {use: audio}"))
-    assert loaded.notes == ["expert 'idle' is active in no stage"]
+    assert loaded.notes == ["expert 'idle' is active in no stage, so it is not loaded"]
+    assert "idle" not in loaded.spec.experts
+    assert not any("idle" in place for place in loaded.chosen)
 
 
 def test_a_weights_path_is_relative_to_the_spec(folder: Path) -> None:

@@ -1,0 +1,301 @@
+"""A spec's YAML: safe plain data out, with the file and line of every key, and pydantic's errors in the user's words.
+
+A spec may extend another: its keys are put over those of the other, mapping by mapping. What `--set` gives comes last.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from coatkit.errors import SpecError
+
+Path_ = tuple[str | int, ...]
+_KEY_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge")}
+_VALUE_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
+_NOT_PLAIN = "only text, numbers, true, false, null, lists and keys with values may stand here; a date goes in quotes"
+_MAX_BYTES = 1 << 18
+
+
+class SpecReader:
+    """A YAML file, and what it extends, with the place of every key, for messages.
+
+    Attributes:
+        lines: `file:line` of every key.
+        origin: The `--set` that last wrote a key.
+    """
+
+    def __init__(self, path: Path, above: tuple[Path, ...] = ()) -> None:
+        self.path = path
+        self.lines: dict[Path_, str] = {}
+        self.origin: dict[Path_, str] = {}
+        self._above = above
+        self._visits = 0
+
+    def read(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """The spec as plain data: the file, over what it extends, under the overrides.
+
+        Raises:
+            SpecError: If it cannot be read, or is no YAML of plain values.
+        """
+        data = self._parse()
+        if "extends" in data:
+            data = self._extend(data)
+        for override in overrides:
+            self._override(data, override)
+        return data
+
+    def _parse(self) -> dict[str, Any]:
+        try:
+            if self.path.stat().st_size > _MAX_BYTES:
+                raise SpecError([f"{self.path}: larger than {_MAX_BYTES >> 10} KiB; this is not a spec"])
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SpecError([f"{self.path}: cannot be read: {error.strerror or error}"]) from None
+        except UnicodeDecodeError as error:
+            raise SpecError([f"{self.path}: not UTF-8 text (byte {error.start})"]) from None
+        problems: list[str] = []
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            if root is not None:
+                self._walk(root, (), problems)
+            if problems:
+                raise SpecError(problems)
+            data = yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise SpecError([f"{self.path}:{line}: not valid YAML: {error.problem or error.context}"]) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SpecError([f"{self.path}: not valid YAML: {error}"]) from None
+        if not isinstance(data, dict):
+            raise SpecError([f"{self.path}: expected keys (name, backbone, data, stages, ...), found {data!r:.60}"])
+        return data
+
+    def _extend(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Put the file's keys over those of the spec it extends; see docs/spec.md for the rules."""
+        named = data.pop("extends")
+        if not isinstance(named, str):
+            raise SpecError([self.say(("extends",), f"expected the path of another spec, found {named!r:.60}")])
+        below = Path(os.path.normpath(self.path.parent / os.path.expanduser(named)))
+        chain = (*self._above, self.path.resolve())
+        if below.resolve() in chain:
+            raise SpecError([self.say(("extends",), f"{below} extends this spec in turn")])
+        if not below.is_file():
+            raise SpecError([self.say(("extends",), f"there is no file {below}")])
+        if "output" not in data:
+            raise SpecError([self.say(("extends",), "a spec that extends another needs an output of its own")])
+        base = SpecReader(below, chain)
+        under = _moved(base.read(), os.path.relpath(below.parent, self.path.parent))
+        lines = {path: place for path, place in self.lines.items() if path[0:1] != ("extends",)}
+        if isinstance(data.get("stages"), dict) and isinstance(under.get("stages"), list):
+            changes, names = data.pop("stages"), [_name_of(stage) for stage in under["stages"]]
+            if unknown := [name for name in changes if name not in names]:
+                where = ("stages", unknown[0])
+                raise SpecError([self.say(where, f"{below} has no stage of this name{near(unknown[0], names)}")])
+            kept = [i for i, name in enumerate(names) if changes.get(name, {}) is not None]
+            under["stages"] = [_merged(under["stages"][i], changes.get(names[i], {})) for i in kept]
+            base.lines = _renumbered(base.lines, {old: new for new, old in enumerate(kept)})
+            lines = _renumbered(lines, {names[old]: new for new, old in enumerate(kept)})
+        self.lines = {**base.lines, **lines}
+        merged: dict[str, Any] = _merged(under, data)
+        return merged
+
+    def _walk(self, node: yaml.Node, path: Path_, problems: list[str]) -> None:
+        # Aliases share nodes, so a few lines can name billions of them; a spec is never that large.
+        self._visits += 1
+        if self._visits > 20_000 or len(path) > 40:
+            raise SpecError([f"{self.path}: too large or too deeply nested for a spec"])
+        self.lines.setdefault(path, f"{self.path}:{node.start_mark.line + 1}")
+        if node.tag not in _VALUE_TAGS:  # a run keeps its spec, and resumes from it: values must survive that
+            problems.append(self.say(path, _NOT_PLAIN))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name: str = str(key.value)
+                line = key.start_mark.line + 1
+                if key.tag not in _KEY_TAGS:
+                    at = _dotted((*path, name)) if isinstance(key, yaml.ScalarNode) else _dotted(path) or "a key"
+                    problems.append(f"{self.path}:{line}: {at}: keys must be text; write this one in quotes")
+                if (*path, name) in self.lines:
+                    first = self.lines[*path, name]
+                    first = first.rpartition(":")[2]
+                    problems.append(f"{self.path}:{line}: {_dotted((*path, name))}: given twice, first on line {first}")
+                self.lines[*path, name] = f"{self.path}:{line}"
+                self._walk(value, (*path, name), problems)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                self._walk(value, (*path, i), problems)
+
+    def _override(self, data: Any, text: str) -> None:
+        name, equals, value = text.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(keys):
+            raise SpecError([f"--set {text}: expected key.path=value, e.g. --set stages.0.steps=20"])
+        try:
+            parsed = yaml.safe_load(value)
+            plain = _plain(parsed)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise SpecError([f"--set {text}: {value!r:.80} is not valid YAML"]) from None
+        if not plain:
+            raise SpecError([f"--set {text}: {_NOT_PLAIN}"])
+        path: Path_ = ()
+        for key in keys:
+            step: str | int = key
+            if isinstance(data, list) and key.isascii() and key.isdigit() and len(key) < 10:
+                step = int(key)
+            path = (*path, step)
+            if not (isinstance(data, dict) or (isinstance(step, int) and step < len(data))):
+                size = f"; {_dotted(path[:-1])} has {len(data)}, counted from 0" if isinstance(data, list) else ""
+                raise SpecError([f"--set {text}: there is no {_dotted(path)}{size}"])
+            if len(path) == len(keys):
+                data[step] = parsed
+            elif isinstance(data, dict) and data.get(key) is None:
+                data[key] = {}  # not there yet, or an empty entry such as `panns:`
+            data = data[step]
+        self.origin = {at: said for at, said in self.origin.items() if at[: len(path)] != path}
+        self.origin[path] = f"--set {text}"
+
+    def say(self, path: Path_, what: str) -> str:
+        """`file:line: key.path: what`."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.origin:
+                return f"{self.origin[path[:end]]}: {_dotted(path)}: {what}"
+        if path and path not in self.lines:  # made by an override of something within it
+            for at, origin in self.origin.items():
+                if at[: len(path)] == path:
+                    return f"{origin}: {_dotted(path)}: {what}"
+        known = path
+        while known and known not in self.lines:
+            known = known[:-1]
+        place = self.lines.get(known, f"{self.path}:1")
+        return f"{place}: {_dotted(path)}: {what}" if path else f"{place}: {what}"
+
+    def problem(self, error: Any, model: type[BaseModel], at: Path_ = ()) -> str:
+        """A pydantic error in the user's words."""
+        path = (*at, *self._real_path(error["loc"], at))
+        kind, given = error["type"], error.get("input")
+        if kind == "extra_forbidden":
+            return self.say(path, f"unknown key{near(str(path[-1]), _keys_at(model, path[len(at) : -1]))}")
+        if kind == "missing":
+            return self.say(path, "missing; this key is required")
+        if kind in ("model_type", "model_attributes_type", "dict_type"):
+            keys = _keys_at(model, path[len(at) :])
+            advice = f"; write {{use: {given}}}" if isinstance(given, str) and "use" in keys else ""
+            return self.say(path, f"expected keys{_listed(keys)} with values, found {given!r:.80}{advice}")
+        if kind == "string_pattern_mismatch":
+            allowed = error["ctx"]["pattern"].removeprefix("^[").removesuffix("]+$")
+            return self.say(path, f"{given!r:.80} may hold only the characters {allowed}")
+        message = error["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if kind == "literal_error":
+            options = [o.strip().strip("'") for o in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+            return self.say(path, f"{given!r:.80} is not one of {', '.join(options)}{_hint(str(given), options)}")
+        shown = "" if kind == "value_error" and isinstance(given, dict) else f" (got {given!r:.80})"
+        return self.say(path, f"{message}{shown}")
+
+    def _real_path(self, loc: Sequence[str | int], at: Path_) -> Path_:
+        """Drop what pydantic adds to a location (union branches, `[key]`) and the file does not have."""
+        real: list[str | int] = []
+        for part in loc:
+            here = (*at, *real, part)
+            known = here in self.lines or any(origin[: len(here)] == here for origin in self.origin)
+            if known or (part is loc[-1] and part != "[key]"):
+                real.append(part)
+        return tuple(real)
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """Mappings key by key, the upper one's keys winning; anything else is replaced."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {**under, **{key: _merged(under[key], value) if key in under else value for key, value in over.items()}}
+    return over
+
+
+def _renumbered(lines: Mapping[Path_, str], index: Mapping[Any, int]) -> dict[Path_, str]:
+    """Places of keys after stages got other numbers, or numbers for names; those of dropped stages are left out."""
+    moved: dict[Path_, str] = {}
+    for path, place in lines.items():
+        if path[0:1] != ("stages",) or len(path) == 1:
+            moved[path] = place
+        elif path[1] in index:
+            moved["stages", index[path[1]], *path[2:]] = place
+    return moved
+
+
+def _moved(data: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A spec of another folder with its paths made relative to this one: `folder` is that one, seen from here."""
+
+    def from_here(text: str) -> str:
+        return text if text.startswith(("/", "~")) else os.path.normpath(os.path.join(folder, text))
+
+    def options(value: Any) -> Any:
+        """Files of user's classes and weights begin with a dot, which is how they are told from names."""
+        if isinstance(value, dict):
+            return {key: options(inner) for key, inner in value.items()}
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            return os.path.join(".", from_here(value))
+        return value
+
+    moved: dict[str, Any] = dict(data)
+    moved.update({key: options(data[key]) for key in ("backbone", "experts", "head") if key in data})
+    if isinstance(moved.get("output"), str):
+        moved["output"] = from_here(moved["output"])
+    for key in ("data", "stages"):
+        entries = moved.get(key)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            for name in ("train", "heldout"):
+                if isinstance(entry, dict) and isinstance(entry.get(name), str):
+                    entry[name] = from_here(entry[name])
+    return moved
+
+
+def _name_of(stage: Any) -> str:
+    return str(stage.get("name", "")) if isinstance(stage, dict) else ""
+
+
+def _keys_at(model: Any, path: Path_) -> list[str]:
+    """Field names of the model found by walking `path` through annotations."""
+    for part in path:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            found = model.model_fields.get(str(part))
+            model = found.annotation if found else None
+        else:
+            arguments = typing.get_args(model)
+            model = arguments[-1] if arguments else None
+        if typing.get_origin(model) in (typing.Union, types.UnionType):
+            model = next((a for a in typing.get_args(model) if a is not type(None)), None)
+        if typing.get_origin(model) is typing.Annotated:
+            model = typing.get_args(model)[0]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _hint(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def near(word: str, choices: Sequence[str]) -> str:
+    return _hint(word, choices) or (f"; known: {', '.join(choices)}" if choices else "")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _dotted(path: Path_) -> str:
+    return ".".join(str(part) for part in path)
