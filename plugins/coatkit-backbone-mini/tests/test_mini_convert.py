@@ -91,7 +91,7 @@ def test_many_at_once_make_it_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
 def stock(cache: Path) -> tuple[LlamaForCausalLM, WhisperForConditionalGeneration]:
     """Tiny models saved where the hub's snapshots would lie, in the layout of the stock repositories."""
     torch.manual_seed(0)
-    tokenizer = tiny.byte_tokenizer()
+    tokenizer = tiny.tiny_parts().tokenizer
     text = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

@@ -9,7 +9,7 @@ import torch
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, GenerationConfig
 
 from coatkit import AssetError
-from coatkit_backbone_mini.loading import transformers_quiet
+from coatkit.backbones.folder import transformers_quiet
 from coatkit_backbone_mini.parts import Parts, feature_extractor
 from coatkit_backbone_mini.projector import initial_projector
 from coatkit_backbone_mini.tokens import SOUND, complete_tokenizer

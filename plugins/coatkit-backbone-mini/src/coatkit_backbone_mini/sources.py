@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from coatkit import AssetError
+from coatkit.backbones.folder import check_loaded, transformers_quiet
 from coatkit_backbone_mini.ct2 import encoder_heads, encoder_state, read_ct2
-from coatkit_backbone_mini.loading import check_loaded, transformers_quiet
 from coatkit_backbone_mini.parts import Parts
 from coatkit_backbone_mini.wheels import copy_member, read_member
 

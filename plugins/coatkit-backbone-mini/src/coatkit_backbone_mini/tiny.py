@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AudioFlamingo3Encoder,
     AudioFlamingo3EncoderConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
+from coatkit.backbones.tiny import TEXT, byte_tokenizer
 from coatkit_backbone_mini.assembly import save_backbone
 from coatkit_backbone_mini.parts import Parts
 from coatkit_backbone_mini.tokens import PAD, TURN_END, TURN_START
@@ -35,16 +34,11 @@ def tiny_folder(path: Path, seed: int = 0) -> Path:
 
 def tiny_parts(seed: int = 0) -> Parts:
     """A two-layer Llama of width 64 (head width 32) and a one-layer Whisper encoder of width 32, at random."""
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer([PAD, TURN_START, TURN_END], "", eos=TURN_END, pad=PAD)
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=8192,
+        **TEXT,
     )
     audio_config = AudioFlamingo3EncoderConfig(
         num_mel_bins=80,
@@ -66,13 +60,3 @@ def tiny_parts(seed: int = 0) -> Parts:
         audio_config=audio_config,
         audio_state=audio.state_dict(),
     )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE without merges: SmolLM2's three special tokens, then one token for each of the 256 bytes."""
-    tokens = [PAD, TURN_START, TURN_END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:3]])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8192)
