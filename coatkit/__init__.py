@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from coatkit.errors import AssetError as AssetError
     from coatkit.errors import CoatkitError as CoatkitError
     from coatkit.errors import DataError as DataError
+    from coatkit.errors import PluginError as PluginError
     from coatkit.hookspecs import hookimpl as hookimpl
     from coatkit.infer import load as load
     from coatkit.infer import load_backbone as load_backbone
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from coatkit.protocols import Inputs as Inputs
     from coatkit.protocols import Output as Output
     from coatkit.protocols import Preparer as Preparer
+    from coatkit.protocols import Sketch as Sketch
     from coatkit.spec import ThinkingSpec as ThinkingSpec
     from coatkit.waveforms import conv_frames as conv_frames
     from coatkit.waveforms import encode_by_length as encode_by_length
@@ -56,7 +58,7 @@ _HOME = {
     "coatkit.backbones.hf": ("HFBackbone", "HFPreparer"),
     "coatkit.backbones.options": ("BackboneOptions", "TrainOptions"),
     "coatkit.data.rows": ("AUDIO_TAG", "AudioRef", "JsonlRows", "Row"),
-    "coatkit.errors": ("AssetError", "CoatkitError", "DataError"),
+    "coatkit.errors": ("AssetError", "CoatkitError", "DataError", "PluginError"),
     "coatkit.hookspecs": ("hookimpl",),
     "coatkit.infer": ("load", "load_backbone", "load_expert"),
     "coatkit.losses": ("masked_bce", "masked_focal_bce", "masked_mse"),
@@ -72,6 +74,7 @@ _HOME = {
         "Inputs",
         "Output",
         "Preparer",
+        "Sketch",
     ),
     "coatkit.spec": ("ThinkingSpec",),
     "coatkit.waveforms": ("conv_frames", "encode_by_length", "receptive_field", "standardise"),

@@ -41,12 +41,13 @@ def load_backbone(component: Component, options: Mapping[str, Any], thinking: An
     """A backbone with its weights on `device`."""
     settings = None if thinking is None else ThinkingSpec.model_validate(thinking)
     backbone: Backbone = construct(component, thinking=settings, **options)
-    with _loading(component), seeded(seed, "backbone"):
+    with loading(component), seeded(seed, "backbone"):
         backbone.load(torch.device(device))
     return backbone
 
 
-def _loading(component: Component) -> AbstractContextManager[None]:
+def loading(component: Component) -> AbstractContextManager[None]:
+    """Say which component failed while it was loaded."""
     return foreign_code(lambda error: f"{component.use}: cannot be loaded: {type(error).__name__}: {error}")
 
 
@@ -60,7 +61,7 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
         expert: Expert = construct(component, **options)
     if backbone is None and expert.uses_backbone:
         raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
-    with _loading(component):
+    with loading(component):
         if backbone is not None:
             expert.bind(backbone)
         with seeded(0, f"expert {component.use}"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coatkit.errors import PluginError
 from coatkit.losses import masked_mse
 
 if TYPE_CHECKING:
@@ -294,6 +295,24 @@ class Preparer(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """What planning needs of a backbone in its real size, without weights.
+
+    Attributes:
+        decoder: The language model on torch's meta device, with its adapters; takes `inputs_embeds` [1, T, d_model] and
+            `attention_mask` [1, 1, T, T] and gives `last_hidden_state`.
+        vocabulary: Rows of the output matrix.
+        tower_flops: From seconds of one sound to floating-point operations of audio tower and projector, forward.
+        tower_learns: Whether the tower is trained, so that it has a backward pass.
+    """
+
+    decoder: nn.Module
+    vocabulary: int
+    tower_flops: Callable[[float], float]
+    tower_learns: bool
+
+
 class Backbone(ABC):
     """A large audio language model with the thinking block built in.
 
@@ -329,10 +348,22 @@ class Backbone(ABC):
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
-                flat = parameter.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
-                digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+                digest.update(f"{name}{tuple(parameter.shape)}".encode())
+                if not parameter.is_meta:
+                    flat = parameter.detach().reshape(-1)
+                    digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def sketch(self) -> Sketch:
+        """Build the network in its real size on torch's meta device, where it has shapes and no values.
+
+        `model`, `hidden_size`, `audio_dims`, `parts`, `units` and the preparer's two rates are then as after `load`;
+        nothing else is there.
+
+        Raises:
+            PluginError: If this backbone cannot be planned.
+        """
+        raise PluginError(f"{type(self).__name__} gives no sketch, so `coatkit plan` cannot count it")
 
     def units(self) -> list[nn.Module]:
         """Modules that every forward pass calls once, whatever the rows; sharding gathers each as it is needed."""

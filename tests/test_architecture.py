@@ -19,13 +19,14 @@ builtin plugins assets parallel align waveforms heads data.audio data.batches ba
 spec_file data.steps backbones.preparer run_folder
 model backbones.hf backbones.folder backbones.tiny
 build optimization run_record
+plan
 trainer infer
 testing.suite testing.guard testing.sounds testing.checkpoints
 testing.bench testing.fresh
 testing.expert_base
 testing.expert_encoding testing.expert_loading testing.expert_loss
 testing.experts
-cli.ask cli.check cli.fetch cli.plugins cli.train
+cli.ask cli.check cli.fetch cli.plan cli.plugins cli.train
 cli
 """
 LAYER_OF = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

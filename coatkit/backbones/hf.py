@@ -13,6 +13,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from coatkit.backbones.options import BackboneOptions
 from coatkit.backbones.preparer import HFPreparer as HFPreparer
 from coatkit.errors import DataError, PluginError
-from coatkit.protocols import Backbone, BackboneAudio, Inputs, Output
+from coatkit.protocols import Backbone, BackboneAudio, Inputs, Output, Sketch
 from coatkit.spec import ThinkingSpec
 from coatkit.thinking import IGNORE, gather
 
@@ -62,6 +63,10 @@ class HFBackbone(Backbone):
     """
 
     options_type: ClassVar[type[BackboneOptions]] = BackboneOptions
+    model_class: ClassVar[Any] = None
+    """The stock transformers class; needed for planning."""
+    window_seconds: ClassVar[float] = 30.0
+    """Length of the windows that the audio tower attends within, seconds."""
     language_model_path: ClassVar[str] = "model.language_model"
     tower_path: ClassVar[str] = "model.audio_tower"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
@@ -83,9 +88,62 @@ class HFBackbone(Backbone):
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         """The tower's output for all sounds in order without padding, [sum of audio tokens, d_tower]."""
 
+    def plan_config(self) -> Any:
+        """The stock model's configuration in its real size, for planning; no weights are there to be read.
+
+        Raises:
+            PluginError: If the plugin gives none.
+        """
+        raise PluginError(f"{type(self).__name__} gives no plan_config, so `coatkit plan` cannot count it")
+
     def load(self, device: torch.device) -> None:
         stock, self.preparer = self.build(DTYPES[self.options.dtype])
-        self.stock: Any = stock.to(device)
+        self._adopt(stock.to(device), self.preparer.tokens.start)
+
+    def sketch(self) -> Sketch:
+        config = self.plan_config()
+        with torch.device("meta"):
+            stock = self.model_class(config).to(DTYPES[self.options.dtype])
+            self._adopt(stock, 0)
+        # A tokenizer would have to be fetched; experts bind to the two rates only.
+        rates: Any = SimpleNamespace(sample_rate=HFPreparer.sample_rate, frame_rate=HFPreparer.frame_rate)
+        self.preparer = rates
+        return Sketch(
+            decoder=self.language_model,
+            vocabulary=int(stock.get_output_embeddings().weight.shape[0]),
+            tower_flops=self.tower_flops,
+            tower_learns=self.options.train.tower == "full",
+        )
+
+    def tower_flops(self, seconds: float) -> float:
+        """Floating-point operations of tower and projector on one sound, counted from the layers' shapes.
+
+        The tower is a Whisper encoder: 100 mel frames a second, halved by its second convolution, and attention within
+        windows of `window_seconds`.
+        """
+        mel, frames, tokens = 100 * seconds, 50 * seconds, 25 * seconds
+        total, width = 0.0, 0
+        for name, layer in self.tower.named_modules():
+            if isinstance(layer, nn.Conv1d):
+                taps = layer.in_channels * layer.out_channels * layer.kernel_size[0] / layer.groups
+                total += 2 * taps * (mel if layer.stride[0] == 1 else frames)
+            elif isinstance(layer, nn.Linear):
+                inside = ".layers." in f".{name}"
+                total += 2 * layer.in_features * layer.out_features * (frames if inside else tokens)
+                if name.endswith("q_proj") or name.endswith(".q"):
+                    width += layer.out_features
+        windows, rest = divmod(seconds, self.window_seconds)
+        squares = windows * (50 * self.window_seconds) ** 2 + (50 * rest) ** 2
+        total += 4 * width * squares
+        if not self.projector_path.startswith(self.tower_path):
+            for layer in self.projector.modules():
+                if isinstance(layer, nn.Linear):
+                    total += 2 * layer.in_features * layer.out_features * tokens
+        return total
+
+    def _adopt(self, stock: Any, first_token: int) -> None:
+        """Take the stock model: freeze it, choose what learns in it, and put the hooks on."""
+        self.stock = stock
         self.model = model = self.stock
         model.requires_grad_(False)
         self.language_model = model.get_submodule(self.language_model_path)
@@ -93,7 +151,7 @@ class HFBackbone(Backbone):
         self.projector = model.get_submodule(self.projector_path)
         embedding: Any = model.get_input_embeddings()
         self.hidden_size = int(embedding.weight.shape[1])
-        self._choose_what_learns(embedding)
+        self._choose_what_learns(embedding, first_token)
         self._hook(embedding)
         if self.options.gradient_checkpointing:
             # On the language model only: from the top, the frozen tower would be recomputed too.
@@ -103,7 +161,7 @@ class HFBackbone(Backbone):
         model.train = self._train_mode
         self.audio_dims = {"consumed": self.hidden_size, "tower": self._tower_width()}
 
-    def _choose_what_learns(self, embedding: Any) -> None:
+    def _choose_what_learns(self, embedding: Any, first_token: int) -> None:
         train, model = self.options.train, self.stock
         if train.lm == "lora":
             self._add_lora()
@@ -114,7 +172,7 @@ class HFBackbone(Backbone):
         for name, parameter in self.tower.named_parameters():
             parameter.requires_grad_(train.tower == "full" and "embed_positions" not in name)
         embedding.requires_grad_(train.tokens == "all")
-        rows = ThinkingRows(embedding.weight, self.preparer.tokens.start).to(embedding.weight.device)
+        rows = ThinkingRows(embedding.weight, first_token).to(embedding.weight.device)
         rows.requires_grad_(train.tokens != "none" and self.thinking is not None)
         self.thinking_rows = model.thinking_rows = rows
         for parameter in model.parameters():

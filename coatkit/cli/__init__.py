@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "train": "Train the stages of a spec, or continue a run.",
     "check": "Check a spec without loading torch.",
+    "plan": "Say what a spec will cost: parameters, operations, memory, time.",
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",
     "plugins": "List experts, heads and backbones, and what failed to load.",

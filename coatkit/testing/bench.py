@@ -1,7 +1,8 @@
-"""One expert on the bench: loaded once, its encodes shared between checks, everything it does watched."""
+"""A component on the bench, loaded once, and everything it does watched; for an expert, its encodes shared as well."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coatkit import infer
+from coatkit import hookspecs, infer
 from coatkit.align import align
 from coatkit.data.audio import Samples, resample
 from coatkit.data.rows import AUDIO_TAG, AudioRef, Message, Row
+from coatkit.manifest import Kind
 from coatkit.plugins import Component, registry
 from coatkit.protocols import AudioBatch, Backbone, BackboneAudio, Expert, Features
 from coatkit.testing.guard import Watch, guarded
@@ -48,7 +50,64 @@ class Failed:
         return f"{type(self.error).__name__}: {self.error}"
 
 
-class Bench:
+class Workbench:
+    """Runs foreign code for the checks, and notes what it reaches for and what it changes.
+
+    Args:
+        kind: What the component is.
+        name: What a spec's `use` takes.
+        options: The component's options.
+        folder: An empty folder of its own.
+    """
+
+    def __init__(self, kind: Kind, name: str, options: Mapping[str, Any], folder: Path) -> None:
+        self.kind, self.name, self.folder = kind, name, folder
+        # The home changes under guard, so a path given from the home is worked out now.
+        self.options = {
+            key: os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+            for key, value in options.items()
+        }
+        self.watch = Watch(kind)
+        self.touched: dict[str, str] = {}
+        """What of the process's state a call changed, to the call."""
+        (folder / "home").mkdir()
+
+    @cached_property
+    def component(self) -> Component:
+        return registry().resolve(self.kind, self.name, Path.cwd())
+
+    @cached_property
+    def light_modules(self) -> list[str]:
+        """The plugin's entry module and its options module; none for an author's own class."""
+        component = self.attempt(lambda: self.component)
+        if isinstance(component, Failed) or component.manifest is None:
+            return []
+        entries = importlib.metadata.distribution(component.distribution).entry_points
+        found = [entry.module for entry in entries if entry.group == hookspecs.GROUP]
+        options = component.manifest.options
+        return found if options is None else [*found, options.partition(":")[0]]
+
+    def call(self, what: str, function: Callable[[], T]) -> T:
+        """Run foreign code under watch, and note what it does to the process's state."""
+        before = _state()
+        try:
+            with guarded(self.watch, self.folder / "home"):
+                return function()
+        finally:
+            after = _state()
+            for name in before:
+                if not _same(before[name], after[name]):
+                    self.touched.setdefault(name, what)
+            _restore(before)
+
+    def attempt(self, function: Callable[[], T]) -> T | Failed:
+        try:
+            return function()
+        except Exception as error:
+            return Failed(error)
+
+
+class Bench(Workbench):
     """Loads and calls an expert for the checks; nothing is loaded or encoded before it is asked for.
 
     Args:
@@ -71,26 +130,13 @@ class Bench:
         thinking_rate: float,
         make_backbone: Callable[[], Backbone | None],
     ) -> None:
-        self.name, self.folder, self.thinking_rate = name, folder, thinking_rate
-        self.seconds, self.longest_seconds = seconds, longest_seconds
-        # The home changes under guard, so a path given from the home is worked out now.
-        self.options = {
-            key: os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-            for key, value in options.items()
-        }
+        super().__init__("expert", name, options, folder)
+        self.thinking_rate, self.seconds, self.longest_seconds = thinking_rate, seconds, longest_seconds
         self._make_backbone = make_backbone
-        self.watch = Watch()
         self.weights: dict[str, Tensor] = {}
         """Tensors of numbers that `second` held before it encoded anything: what it caches later is no weight."""
-        self.touched: dict[str, str] = {}
-        """What of the process's state a call changed, to the call."""
-        (folder / "home").mkdir()
 
     # Loading
-
-    @cached_property
-    def component(self) -> Component:
-        return registry().resolve("expert", self.name, Path.cwd())
 
     @cached_property
     def uses_backbone(self) -> bool:
@@ -129,25 +175,6 @@ class Bench:
         return found
 
     # Calling
-
-    def call(self, what: str, function: Callable[[], T]) -> T:
-        """Run foreign code under watch, and note what it does to the process's state."""
-        before = _state()
-        try:
-            with guarded(self.watch, self.folder / "home"):
-                return function()
-        finally:
-            after = _state()
-            for name in before:
-                if not _same(before[name], after[name]):
-                    self.touched.setdefault(name, what)
-            _restore(before)
-
-    def attempt(self, function: Callable[[], T]) -> T | Failed:
-        try:
-            return function()
-        except Exception as error:
-            return Failed(error)
 
     def batch(self, *arrays: Samples, rate: int) -> AudioBatch:
         """Sounds at `rate` Hz as an expert gets them, the backbone's features with them where it reads those."""

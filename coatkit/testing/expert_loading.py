@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import pytest
 import torch
 from torch import nn
 
-from coatkit import hookspecs
 from coatkit.errors import AssetError
 from coatkit.testing.bench import Bench, Failed, parameters, parts
 from coatkit.testing.checkpoints import EXTRA, SPOILS, Checkpoint
@@ -26,7 +23,7 @@ class LoadingChecks(ExpertBase):
         loads = not isinstance(bench.expert, Failed) and not bench.uses_backbone
         options = bench.options if loads else None
         folder = tmp_path_factory.mktemp("elsewhere")
-        return look(_light_modules(bench), cls.name, options, torch.get_num_threads(), folder)
+        return look(bench.light_modules, cls.name, options, torch.get_num_threads(), folder)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -47,7 +44,7 @@ class LoadingChecks(ExpertBase):
 
     def test_entry_module_imports_no_torch(self, bench: Bench, elsewhere: Found) -> None:
         """`coatkit plugins` and `coatkit check` import every plugin's entry module: seconds for everybody."""
-        light = _light_modules(bench)
+        light = bench.light_modules
         if not light:
             self.skip("it is no installed plugin, so it has no entry module")
         for name in light:
@@ -251,14 +248,3 @@ class LoadingChecks(ExpertBase):
             found = bench.attempt(lambda: bench.load(**{self.weights_option: str(checkpoint.path)}))
             checkpoint.trouble = str(found) if isinstance(found, Failed) else ""
         return checkpoint.trouble
-
-
-def _light_modules(bench: Bench) -> list[str]:
-    """The plugin's entry module and its options module; none for an author's own class."""
-    component = bench.attempt(lambda: bench.component)
-    if isinstance(component, Failed) or component.manifest is None:
-        return []
-    entries = importlib.metadata.distribution(component.distribution).entry_points
-    found = [entry.module for entry in entries if entry.group == hookspecs.GROUP]
-    options = component.manifest.options
-    return found if options is None else [*found, options.partition(":")[0]]

@@ -32,10 +32,12 @@ class Watch:
     """What guarded code reached for.
 
     Attributes:
+        kind: What is watched, for messages.
         network: Hosts it asked for and programs that download.
         home: Paths it wrote at home; `~` stands for the empty home it was given.
     """
 
+    kind: str = "expert"
     network: list[str] = field(default_factory=list)
     home: list[str] = field(default_factory=list)
 
@@ -77,7 +79,7 @@ def _refuse(watch: Watch, what: str) -> None:
     if what not in watch.network:
         watch.network.append(what)
     # What a machine without a network raises: code that copes with that goes on, and is still noted.
-    raise OSError(f"coatkit.testing lets no expert reach the network: {what}")
+    raise OSError(f"coatkit.testing lets no {watch.kind} reach the network: {what}")
 
 
 def _host(event: str, arguments: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ from transformers import AudioFlamingo3ForConditionalGeneration, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from coatkit_backbone_mini.loading import load_model, load_processor
+from coatkit_backbone_mini.sizes import real_config
 from coatkit_backbone_mini.tokens import THINK, THINK_END, THINK_START
 
 pytestmark = pytest.mark.weights
@@ -65,6 +66,13 @@ def test_sizes(model: AudioFlamingo3ForConditionalGeneration) -> None:
     assert count(model.model.audio_tower) == 8_208_384
     assert count(model.model.multi_modal_projector) == 554_112
     assert count(model) == 171_593_664
+
+
+def test_the_plan_has_the_sizes_of_the_weights(model: AudioFlamingo3ForConditionalGeneration) -> None:
+    with torch.device("meta"):
+        planned = AudioFlamingo3ForConditionalGeneration(real_config())
+    shapes = {name: p.shape for name, p in planned.named_parameters()}
+    assert shapes == {name: p.shape for name, p in model.named_parameters()}
 
 
 def test_positions_are_whispers_sinusoids(model: AudioFlamingo3ForConditionalGeneration) -> None:

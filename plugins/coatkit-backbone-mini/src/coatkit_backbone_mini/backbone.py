@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 
 from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
 from coatkit_backbone_mini.convert import prepare_weights
 from coatkit_backbone_mini.loading import load_model, load_processor
 from coatkit_backbone_mini.options import Options
+from coatkit_backbone_mini.sizes import real_config
 from coatkit_backbone_mini.tokens import SOUND
 
 
@@ -37,6 +39,13 @@ class MiniBackbone(HFBackbone):
     """Whisper tiny.en and SmolLM2-135M-Instruct; keyword arguments are the fields of `Options`."""
 
     options_type: ClassVar[type[BackboneOptions]] = Options
+    model_class: ClassVar[Any] = AudioFlamingo3ForConditionalGeneration
+
+    def plan_config(self) -> AudioFlamingo3Config:
+        assert isinstance(self.options, Options)
+        if self.options.weights == "default":
+            return real_config()
+        return AudioFlamingo3Config.from_pretrained(prepare_weights(self.options))
 
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         assert isinstance(self.options, Options)
