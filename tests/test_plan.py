@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coatkit.build import build
-from coatkit.cli.plan import command
+from coatkit.cli import cli
 from coatkit.data.rows import JsonlRows
 from coatkit.data.steps import load_batch
 from coatkit.plan import RowShape, make_plan
@@ -100,11 +100,11 @@ def test_time_is_operations_over_what_the_gpus_do(project: Any) -> None:
 
 def test_the_command_prints_it(project: Any) -> None:
     spec = str(project.write())
-    result = CliRunner().invoke(command, [spec, "--gpu", "a100", "--devices", "2"])
+    result = CliRunner().invoke(cli, ["plan", spec, "--gpu", "a100", "--devices", "2"])
     assert result.exit_code == 0, result.output
     for text in ("learns ", "stage one: 3 steps of 4 rows", "language model:", "not counted", "2 x a100 at 40%"):
         assert text in result.output
-    data = json.loads(CliRunner().invoke(command, [spec, "--json"]).output)
+    data = json.loads(CliRunner().invoke(cli, ["plan", spec, "--json"]).output)
     assert data["stages"][1]["name"] == "two"
     assert data["gpu"] == "h100"
 
@@ -112,12 +112,12 @@ def test_the_command_prints_it(project: Any) -> None:
 def test_rows_may_be_given_where_there_is_no_data(project: Any) -> None:
     spec = project.write()
     (project.folder / "train.jsonl").unlink()
-    result = CliRunner().invoke(command, [str(spec), "--seconds", "8"])
+    result = CliRunner().invoke(cli, ["plan", str(spec), "--seconds", "8"])
     assert result.exit_code == 0, result.output
-    assert CliRunner().invoke(command, [str(spec)]).exit_code != 0
+    assert CliRunner().invoke(cli, ["plan", str(spec)]).exit_code != 0
 
 
 def test_an_unknown_gpu_is_told_what_is_known(project: Any) -> None:
-    result = CliRunner().invoke(command, [str(project.write()), "--gpu", "abacus"])
+    result = CliRunner().invoke(cli, ["plan", str(project.write()), "--gpu", "abacus"])
     assert "known:\n" in str(result.exception)
-    assert "h100: 989 TFLOP/s" in CliRunner().invoke(command, [str(project.write()), "--gpu", "list"]).output
+    assert "h100: 989 TFLOP/s" in CliRunner().invoke(cli, ["plan", str(project.write()), "--gpu", "list"]).output
