@@ -211,11 +211,18 @@ class SpecReader:
         return tuple(real)
 
 
-def _merged(under: Any, over: Any) -> Any:
-    """Mappings key by key, the upper one's keys winning; anything else is replaced."""
-    if isinstance(under, dict) and isinstance(over, dict):
-        return {**under, **{key: _merged(under[key], value) if key in under else value for key, value in over.items()}}
-    return over
+def _merged(under: Any, over: Any, at: Path_ = ()) -> Any:
+    """Mappings key by key, the upper one's keys winning; anything else is replaced.
+
+    A head or expert of another kind is replaced too, since the options beside it were the other's. A backbone is not:
+    backbones share most of theirs.
+    """
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    if at != ("backbone",) and "use" in under and over.get("use", under["use"]) != under["use"]:
+        return over
+    kept = {key: _merged(under[key], value, (*at, key)) if key in under else value for key, value in over.items()}
+    return {**under, **kept}
 
 
 def _renumbered(lines: Mapping[Path_, str], index: Mapping[Any, int]) -> dict[Path_, str]:

@@ -82,6 +82,16 @@ def test_a_list_of_stages_replaces_and_a_mapping_changes_by_name(folder: Path) -
     assert [(stage.name, stage.lr) for stage in spec.stages] == [("two", {"default": 0.5})]
 
 
+def test_another_head_or_expert_brings_its_own_options_and_a_backbone_keeps_them(folder: Path) -> None:
+    text = BASE.replace("name: base", "name: base\nhead: {use: transformer, heads: 4}")
+    (folder / "base.yaml").write_text(text)
+    assert load(folder).spec.head.options == {"heads": 4}
+    assert load(folder, head={"use": "linear"}).spec.head.options == {}
+    assert load(folder, head={"use": "transformer", "dropout": 0.1}).spec.head.options == {"heads": 4, "dropout": 0.1}
+    assert load(folder, experts={"mine": {"use": "basic-pitch"}}).spec.experts["mine"].options == {}
+    assert load(folder, backbone={"use": "mini"}).spec.backbone.options == {"lora": {"rank": 16, "alpha": 32}}
+
+
 def test_specs_extend_specs_that_extend(folder: Path) -> None:
     load(folder, place="arms/middle.yaml", seed=3, backbone={"lora": {"rank": 8}})
     spec = load(folder, "seed=5", extends="middle.yaml", backbone={"lora": {"alpha": 8}}).spec
