@@ -22,7 +22,7 @@ from coatkit.errors import AssetError
 Progress = Callable[[str, int, int | None], None]
 """Called with the asset's name, bytes so far and bytes in all (None where unknown)."""
 _ATTEMPTS = 3
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
