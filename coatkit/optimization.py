@@ -62,21 +62,27 @@ def schedule(stage: StageSpec, step: int) -> float:
     return 1.0
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """In a data worker: a signal to the whole process group must not end it while the trainer still saves."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Stop:
-    """Turns SIGTERM and the first SIGINT into a wish to stop after the current step; a second SIGINT stops at once."""
+    """Turns SIGTERM, SIGUSR1 and the first SIGINT into a wish to stop after this step; a second SIGINT stops at once.
+
+    Slurm sends SIGUSR1 ahead of a job's end where a job asks for it (`--signal`), and SIGTERM when it is pre-empted.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread, as in some notebooks: the caller keeps its own handling

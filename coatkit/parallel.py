@@ -86,6 +86,12 @@ class Team:
             fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
 
+    def part(self) -> None:
+        """Wait until all are done: the first to leave would cut the others' connections."""
+        if self.size > 1:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+
     def release(self) -> None:
         """Let go of what `spread` made, so that the next stage's can hook the same parameters."""
         if self.size > 1:

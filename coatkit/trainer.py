@@ -92,7 +92,8 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     record = describe(loaded, model, sources)
     with Stop() as stop, _deterministic(team.device):
         session = Session(loaded, team, model, run, sources, stop)
-        if resume and run.record.exists():
+        # One looks for all: another might look when the first has begun to write.
+        if team.gather(resume and run.record.exists())[0]:
             team.once(lambda: run.check_same(loaded.resolved(), record))
             _restore(session)
         else:
@@ -107,6 +108,7 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
                 progress.say(line)
             while session.position.stage < len(spec.stages) and not stop.asked:
                 _train_stage(session, board, progress)
+        team.part()
         return Result(run.path, session.position, session.position.stage == len(spec.stages))
 
 

@@ -26,9 +26,11 @@ testing.bench testing.fresh
 testing.expert_base testing.backbone_bench
 testing.expert_encoding testing.expert_loading testing.expert_loss testing.backbone_base
 testing.backbone_loading testing.backbone_preparing testing.backbone_forward
+testing.backbone_learning testing.backbone_generating
 testing.experts testing.backbones
 cli.ask cli.check cli.fetch cli.plan cli.plugins cli.train
 cli
+__main__
 """
 LAYER_OF = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 PACKAGES = {"", "data", "backbones", "testing"}  # their __init__ holds nothing, or names imported on first use

@@ -144,6 +144,7 @@ def test_where_processes_wait_for_each_other_everything_gets_a_gradient(model: C
 def test_experts_are_frozen_exact_and_hear_their_own_rate(project: Any, dtype: str) -> None:
     (project.folder / "watching.py").write_text(WATCHING)
     project.spec["experts"]["watching"] = {"use": "./watching.py:Watching"}
+    project.spec["stages"][1]["weights"]["watching"] = 1.0
     project.spec["backbone"]["dtype"] = dtype
     model = build(project.load(), "cpu")
     rows = rows_of(project)[:2]

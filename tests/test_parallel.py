@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,18 +152,32 @@ def test_a_taken_folder_is_refused_by_both(project: Any, alone: Any) -> None:
     assert "holds a run already" in output
 
 
-def test_sigterm_to_one_process_saves_and_ends_both(project: Any) -> None:
-    process = launch(project.folder / "spec.yaml", "output=asked", "stages.0.steps=400")
+def test_a_signal_to_one_process_saves_and_ends_both(project: Any) -> None:
+    """Started as Slurm does: a task for each process, with its place in the environment, and no launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "coatkit", "train", str(project.folder / "spec.yaml")]
+    command += ["--set", "output=asked", "--set", "stages.0.steps=400", "--resume"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
     deadline = time.monotonic() + 120
     while not (project.folder / "asked/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    children = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
-    finish(process)
+    tasks[1].send_signal(signal.SIGUSR1)
+    outputs = [finish(task) for task in tasks]
     steps = len(metrics(project.folder / "asked"))
     assert 0 < steps < 400
+    assert f"stopped at step {steps}; continue with --resume" in outputs[0]
     newest = sorted((project.folder / "asked/checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == steps
 

@@ -216,8 +216,14 @@ def test_our_tokens_in_a_rows_text_are_refused(preparer: HFPreparer, row: MakeRo
 def test_a_sound_too_short_to_hear_is_refused_by_name(preparer: HFPreparer, row: MakeRow) -> None:
     audio = AudioBatch.from_arrays([np.ones(640, np.float32), np.ones(320, np.float32)], RATE)
     rows = [row("<audio>a", "b", sounds=1, name="fine"), row("<audio>a", "b", sounds=1, name="short")]
-    with pytest.raises(DataError, match=r"\(row short\): a sound is too short to give one audio token"):
+    with pytest.raises(DataError, match=r"\(row short\): 20 ms is too short to give one audio token"):
         preparer.prepare(rows, audio, train=True)
+
+
+def test_a_sound_too_long_to_hear_is_refused_and_not_cut(preparer: HFPreparer, row: MakeRow) -> None:
+    preparer.max_seconds = 1.0
+    with pytest.raises(DataError, match=r"\(row long\): 1.5 s is more than the 1 s this backbone hears"):
+        preparer.prepare([row("<audio>a", "b", sounds=1, name="long")], sounds(1.5), train=True)
 
 
 def test_sounds_must_match_the_rows(preparer: HFPreparer, row: MakeRow) -> None:

@@ -90,7 +90,7 @@ def add_thinking_tokens(tokenizer: Any, model: Any) -> None:
     start = tokenizer.convert_tokens_to_ids(TOKENS[0])
     with torch.no_grad():
         for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            rows[start : start + len(TOKENS)] = rows[:start].float().mean(0).to(rows.dtype)
+            rows[start : start + len(TOKENS)] = rows[:start].mean(0, dtype=torch.float32).to(rows.dtype)
 
 
 @contextmanager

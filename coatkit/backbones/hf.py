@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from coatkit.backbones.options import BackboneOptions
 from coatkit.backbones.preparer import HFPreparer as HFPreparer
@@ -41,7 +42,7 @@ class ThinkingRows(nn.Module):
         super().__init__()
         self.first = first
         # New tokens start at the mean embedding: in distribution, and the same on every machine.
-        mean = embedding.detach().float().mean(0)
+        mean = embedding.detach().mean(0, dtype=torch.float32)
         self.rows = nn.Parameter(mean.expand(3, -1).clone())
 
     def replace(self, ids: Tensor, embedded: Tensor) -> Tensor:
@@ -99,6 +100,9 @@ class HFBackbone(Backbone):
     def load(self, device: torch.device) -> None:
         stock, self.preparer = self.build(DTYPES[self.options.dtype])
         self._adopt(stock.to(device), self.preparer.tokens.start)
+        # A published folder may ask for sampling or a repetition penalty, which would act on greedy answers too.
+        kept = {name: getattr(stock.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        stock.generation_config = GenerationConfig(**{f"{name}_token_id": value for name, value in kept.items()})
 
     def sketch(self) -> Sketch:
         config = self.plan_config()
@@ -227,6 +231,7 @@ class HFBackbone(Backbone):
         return int(widths[-1])
 
     def forward(self, inputs: Inputs) -> Output:
+        self._check_placeholders(inputs)
         device = next(self.model.parameters()).device
         inputs = inputs.to(device)
         with self._capturing(), self._narrowed(device):
@@ -242,6 +247,15 @@ class HFBackbone(Backbone):
             thinking=gather(hidden, inputs.audio_row, inputs.think_index) if blocks else None,
             audio=self._audio(inputs, embeds, tower) if heard else None,
         )
+
+    def _check_placeholders(self, inputs: Inputs) -> None:
+        """Some models scatter a wrong number of features without a word; never rely on them to check."""
+        found = int((inputs.tokens["input_ids"] == self.preparer.audio_token).sum())
+        if found != int(inputs.audio_lengths.sum()):
+            raise DataError(
+                f"{found} placeholders for {int(inputs.audio_lengths.sum())} audio tokens in rows"
+                f" {', '.join(inputs.row_ids)}"
+            )
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
         if labels is None:
@@ -263,7 +277,6 @@ class HFBackbone(Backbone):
         frames = None
         if tower is not None:
             flat = self.tower_frames(tower.detach(), inputs.tokens).float()
-            # Some models scatter a wrong number of features without a word; never rely on them to check.
             if flat.shape[0] != int(inputs.audio_lengths.sum()):
                 raise DataError(
                     f"the audio tower gave {flat.shape[0]} frames for {int(inputs.audio_lengths.sum())} placeholders"
@@ -275,6 +288,7 @@ class HFBackbone(Backbone):
 
     @torch.no_grad()
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        self._check_placeholders(inputs)
         tokenizer = self.preparer.tokenizer
         device = next(self.model.parameters()).device
         tokens = self._cast(inputs.to(device).tokens)

@@ -52,6 +52,13 @@ class HFPreparer(Preparer):
     def audio_features(self, audio: AudioBatch) -> tuple[dict[str, Tensor], list[int]]:
         """Front-end features by the model's argument names, and the number of audio tokens of each sound."""
 
+    def content(self, text: str) -> Any:
+        """A message as the chat template takes it, the model's markup in place of each `<audio>` tag.
+
+        A preparer whose template writes the markup itself, e.g. numbered, gives the template's list of parts instead.
+        """
+        return text.replace(AUDIO_TAG, self.audio_markup)
+
     def prepare(self, rows: Sequence[Row], audio: AudioBatch | None, *, train: bool) -> Inputs:
         features, counts = self.audio_features(audio) if audio is not None else ({}, [])
         if sum(len(row.audios) for row in rows) != len(counts):
@@ -60,8 +67,10 @@ class HFPreparer(Preparer):
         owner: list[int] = []
         for i, row in enumerate(rows):
             mine = counts[len(owner) : len(owner) + len(row.audios)]
-            if any(count < 1 for count in mine):
-                raise row.fail("a sound is too short to give one audio token")
+            for sound in range(len(owner), len(owner) + len(row.audios)):
+                assert audio is not None
+                if reason := self.cannot_hear(float(audio.seconds[sound])):
+                    raise row.fail(reason)
             owner += [i] * len(row.audios)
             try:
                 laid.append(self._lay_out(row, mine, train))
@@ -108,7 +117,7 @@ class HFPreparer(Preparer):
 
     def _pieces(self, row: Row, train: bool) -> list[Text | Block]:
         """Prompt, block and answer of every assistant turn; a block stands before the first answer after its sounds."""
-        messages = [{"role": m.role, "content": m.content.replace(AUDIO_TAG, self.audio_markup)} for m in row.messages]
+        messages = [{"role": m.role, "content": self.content(m.content)} for m in row.messages]
         if not train and messages[-1]["role"] == "assistant":
             messages.pop()
         after_header = self.thinking is None or self.thinking.placement == "response_prefix"
@@ -145,7 +154,7 @@ class HFPreparer(Preparer):
         cut = ends[0] + 1 if ends else len(ids)
         return [Text(ids[:cut], answer=True), Text(ids[cut:])]
 
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
         return text
 

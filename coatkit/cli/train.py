@@ -15,8 +15,8 @@ import click
 def command(spec: Path, overrides: tuple[str, ...], resume: bool) -> None:
     """Train the stages of SPEC.
 
-    Everything that comes out is in the spec's output folder. SIGTERM or Ctrl-C saves after the current step and
-    exits with 0; --resume goes on from there.
+    Everything that comes out is in the spec's output folder. SIGTERM, SIGUSR1 or Ctrl-C saves after the current
+    step and exits with 0; --resume goes on from there, on as many devices as there are then.
 
     \b
     Examples:

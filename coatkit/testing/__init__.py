@@ -10,10 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from coatkit.testing.backbones import BackboneConformance as BackboneConformance
     from coatkit.testing.experts import ExpertConformance as ExpertConformance
 
-_HOME = {"ExpertConformance": "coatkit.testing.experts"}
-__all__ = sorted(_HOME)
+_HOME = {
+    "ExpertConformance": "coatkit.testing.experts",
+    "BackboneConformance": "coatkit.testing.backbones",
+}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

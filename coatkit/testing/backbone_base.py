@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import traceback
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import pytest
@@ -50,6 +53,13 @@ class BackboneBase(Conformance):
         folder = tmp_path_factory.mktemp("conformance")
         return BackboneBench(cls.name, cls.options, folder, cls.seconds, cls.several_sounds)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.partition(".")[0] == "coatkit":
+            for name, check in list(vars(cls).items()):
+                if name.startswith("test_"):
+                    setattr(cls, name, _explained(check))
+
     def loaded(self, bench: BackboneBench) -> Backbone:
         """The backbone; the check is left out where there is none."""
         if isinstance(bench.backbone, Failed):
@@ -96,6 +106,25 @@ class BackboneBase(Conformance):
     def apart(self, one: Tensor, other: Tensor) -> str:
         """How two tensors differ beyond `tolerance`; empty where they do not."""
         return difference(one, other, self.tolerance)
+
+
+def _explained(check: Callable[..., None]) -> Callable[..., None]:
+    """A check in which an error of the backbone's code is a failure that says where it arose."""
+
+    @functools.wraps(check)
+    def explained(self: BackboneBase, *args: Any, **kwargs: Any) -> None:
+        try:
+            check(self, *args, **kwargs)
+        except Exception as error:
+            frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+            promise = (check.__doc__ or "").strip().partition("\n")[0]
+            self.fail(
+                f"{type(error).__name__}: {error}\n  at {frames[-1]}, called from {', '.join(frames[1:-1][-3:])}"
+                f"\n  while checking: {promise}",
+                "repair what raised it; the checks before this one may say more",
+            )
+
+    return explained
 
 
 def difference(one: Tensor, other: Tensor, tolerance: float) -> str:

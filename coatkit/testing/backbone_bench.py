@@ -43,12 +43,14 @@ class BackboneBench(Workbench):
         super().__init__("backbone", name, options, folder)
         self.seconds, self.several_sounds = tuple(seconds), several_sounds
         self._variants: dict[str, Backbone | Failed] = {}
+        self.faults: dict[str, tuple[str, str]] = {}
+        """What checks found, where others need to know it: what is wrong and what to do, empty for nothing."""
 
     # Loading
 
     def load(self, thinking: ThinkingSpec | None = ThinkingSpec(), **changes: Any) -> Backbone:  # noqa: B008
         """A new instance with the author's options, `changes` apart; a dict changes only the keys it has."""
-        options = dict(self.options)
+        options: dict[str, Any] = dict(self.options)
         for key, value in changes.items():
             old = options.get(key)
             options[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
@@ -153,13 +155,16 @@ class BackboneBench(Workbench):
     # Passes
 
     def forward(self, backbone: Backbone, inputs: Inputs, *, grad: bool = False) -> Output:
-        """One pass; inputs are given as a copy, so that a pass that changes them spoils no other check."""
+        """One pass; inputs are given as a copy, so that a pass that changes them spoils no other check.
+
+        In training mode it is not watched: dropout may draw from the global generator there.
+        """
 
         def run() -> Output:
             with torch.set_grad_enabled(grad):
                 return backbone.forward(copy(inputs))
 
-        return self.call("forward", run)
+        return run() if backbone.model.training else self.call("forward", run)
 
     def generate(self, backbone: Backbone, inputs: Inputs, count: int, **options: Any) -> list[str]:
         return self.call("generate", lambda: backbone.generate(copy(inputs), max_new_tokens=count, **options))
@@ -183,7 +188,7 @@ class BackboneBench(Workbench):
         """What every parameter of the network gets from one pass and its loss."""
         backbone.model.zero_grad(set_to_none=True)
         output = self.forward(backbone, inputs, grad=True)
-        self.call("the backward pass", lambda: loss(output, inputs).backward())  # type: ignore[no-untyped-call]
+        loss(output, inputs).backward()  # type: ignore[no-untyped-call]
         found = {name: parameter.grad for name, parameter in backbone.model.named_parameters()}
         backbone.model.zero_grad(set_to_none=True)
         return found
@@ -196,7 +201,7 @@ class BackboneBench(Workbench):
         optimizer = torch.optim.AdamW(learn, lr=1e-2, weight_decay=0.1)
         for _ in range(count):
             output = self.forward(backbone, inputs, grad=True)
-            self.call("the backward pass", lambda: loss(output, inputs).backward())  # type: ignore[no-untyped-call]  # noqa: B023
+            loss(output, inputs).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
         backbone.model.eval()
@@ -243,10 +248,10 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def stir(backbone: Backbone) -> Backbone:
     """Give layers and adapters an effect, and each thinking row a value of its own; the same in every instance."""
     generator = torch.Generator().manual_seed(5)
-    head = backbone.stock.get_output_embeddings() if isinstance(backbone, HFBackbone) else None
+    rows = backbone.stock.get_input_embeddings().weight if isinstance(backbone, HFBackbone) else None
     with torch.no_grad():
         for name, layer in backbone.model.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv1d) and layer is not head and "lora_" not in name:
+            if isinstance(layer, nn.Linear | nn.Conv1d) and layer.weight is not rows and "lora_" not in name:
                 # How much louder the output is than the input. Trained layers are near 1; tiny random ones near 0.1,
                 # so that all they say is drowned in what the residual stream carries past them.
                 gain = float(layer.weight.float().std()) * layer.weight[0].numel() ** 0.5

@@ -69,6 +69,8 @@ def save_backbone(parts: Parts, folder: Path) -> None:
         ) from error
     model.generation_config = GenerationConfig(**token_ids)
 
+    # Under a launcher transformers writes in the first process alone, and which of them is here is a matter of chance.
+    model.should_save_on_this_rank = lambda is_main_process: True
     with transformers_quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
