@@ -215,14 +215,14 @@ def _merged(under: Any, over: Any, at: Path_ = ()) -> Any:
     """Mappings key by key, the upper one's keys winning; anything else is replaced.
 
     A head or expert of another kind is replaced too, since the options beside it were the other's. A backbone is not:
-    backbones share most of theirs.
+    backbones share most of theirs, and null takes one away.
     """
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
     if at != ("backbone",) and "use" in under and over.get("use", under["use"]) != under["use"]:
         return over
     kept = {key: _merged(under[key], value, (*at, key)) if key in under else value for key, value in over.items()}
-    return {**under, **kept}
+    return {key: value for key, value in {**under, **kept}.items() if value is not None or at[:1] != ("backbone",)}
 
 
 def _renumbered(lines: Mapping[Path_, str], index: Mapping[Any, int]) -> dict[Path_, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from coatkit.data.rows import JsonlRows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKSTART = EXAMPLES / "quickstart"
-SPECS = sorted(EXAMPLES.glob("*/*.yaml"))
+SPECS = sorted(EXAMPLES.rglob("*.yaml"))
+RECIPES = [EXAMPLES / "paper/qwen2-audio.yaml", *sorted((EXAMPLES / "paper").glob("*/*.yaml"))]
+RANDOM = [f"experts.{name}.weights=random" for name in ("spidr", "panns", "emotion2vec", "mert")]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -74,3 +77,72 @@ def test_loudness_hears_loudness() -> None:
     assert both.lengths.tolist() == [50, 13]
     assert both.values[0, :, 0].mean() == pytest.approx(-20 / 80, abs=0.02)
     assert both.values[1, :12, 0].mean() == pytest.approx(-40 / 80, abs=0.02)
+
+
+def trained(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[str, list[dict]]:
+    """What `coatkit train` said, and its metrics; nothing is fetched."""
+    monkeypatch.setenv("COATKIT_CACHE", str(tmp_path / "cache"))
+    words = ["backbone.weights=random", f"output={tmp_path / 'run'}", "data.max_bad_rows=0", *overrides]
+    result = CliRunner().invoke(cli, ["train", str(spec), *(w for o in words for w in ("--set", o))])
+    assert result.exit_code == 0, result.output
+    return result.output, [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def test_all_six_experts_train_together_at_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = EXAMPLES / "paper-experts.yaml"
+    short = ["stages.0.steps=1", "stages.1.steps=2", "stages.0.batch.rows=2", "stages.1.batch.rows=2"]
+    said, metrics = trained(spec, tmp_path, monkeypatch, *RANDOM, *short)
+    first = said.splitlines()[1]  # after "loading ..."
+    assert first.startswith(
+        "RANDOM WEIGHTS in backbone, experts.spidr, experts.panns, experts.emotion2vec, experts.mert:"
+    )
+    terms = {
+        "audio.mse",
+        "spidr.mse",
+        "panns.bce",
+        "emotion2vec.mse",
+        "basic-pitch.mse",
+        "basic-pitch.pitch",
+        "mert.mse",
+    }
+    assert terms & set(metrics[0]) == {"audio.mse"}
+    for line in metrics[1:]:
+        assert terms <= set(line)
+        assert all(math.isfinite(line[term]) for term in terms)
+
+
+def test_without_weights_training_names_every_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COATKIT_CACHE", str(tmp_path / "cache"))
+    words = ["--set", "backbone.weights=random", "--set", f"output={tmp_path / 'run'}"]
+    result = CliRunner().invoke(cli, ["train", str(EXAMPLES / "paper-experts.yaml"), *words])
+    said = str(result.exception)
+    for name in (
+        "spidr: spidr_base.pt",
+        "panns: Cnn14_Dec",
+        "emotion2vec: emotion2vec_base.pt",
+        "mert: pytorch_model.bin",
+    ):
+        assert name in said
+    assert "coatkit fetch SPEC" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", RECIPES, ids=lambda p: p.stem)
+def test_the_papers_recipe_and_its_arms_train(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock class in a tiny size; of the experts those that need no download (all six: the test above)."""
+    idle = (
+        []
+        if spec.stem in ("sft", "block-only")
+        else [f"stages.1.weights={{audio: 1.0, basic-pitch: {PITCH[spec.stem]}}}"]
+    )
+    short = ["stages.0.steps=2", "stages.1.steps=2", "stages.0.batch.rows=2", "stages.1.batch.rows=2", "data.workers=0"]
+    short += ["stages.0.warmup_steps=0", "stages.1.warmup_steps=0"]
+    _, metrics = trained(spec, tmp_path, monkeypatch, "backbone.dtype=float32", *short, *idle)
+    assert len(metrics) == 4
+    wanted = {"sft": set(), "block-only": set(), "representational": {"audio.mse"}}
+    terms = wanted.get(spec.stem, {"audio.mse", "basic-pitch.mse", "basic-pitch.pitch"})
+    assert {name for name in metrics[-1] if "." in name} == terms
+    assert all(math.isfinite(line["loss"]) for line in metrics)
+
+
+PITCH = {"qwen2-audio": 1.0, "all": 1.0, "linear-heads": 1.0, "representational": 0.0}

@@ -90,6 +90,7 @@ def test_another_head_or_expert_brings_its_own_options_and_a_backbone_keeps_them
     assert load(folder, head={"use": "transformer", "dropout": 0.1}).spec.head.options == {"heads": 4, "dropout": 0.1}
     assert load(folder, experts={"mine": {"use": "basic-pitch"}}).spec.experts["mine"].options == {}
     assert load(folder, backbone={"use": "mini"}).spec.backbone.options == {"lora": {"rank": 16, "alpha": 32}}
+    assert load(folder, backbone={"lora": None}).spec.backbone.options == {}
 
 
 def test_specs_extend_specs_that_extend(folder: Path) -> None:

@@ -71,6 +71,9 @@ class HFBackbone(Backbone):
     language_model_path: ClassVar[str] = "model.language_model"
     tower_path: ClassVar[str] = "model.audio_tower"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
+    """May lie inside the tower."""
+    tower_output_path: ClassVar[str] = ""
+    """Module whose output is the tower's own, where the tower goes on to project it; the tower itself when empty."""
 
     def __init__(self, *, thinking: ThinkingSpec | None = ThinkingSpec(), **options: Any) -> None:  # noqa: B008
         self.thinking = thinking
@@ -172,9 +175,9 @@ class HFBackbone(Backbone):
         elif train.lm == "full":
             self.language_model.requires_grad_(True)
             embedding.requires_grad_(False)
-        self.projector.requires_grad_(train.projector == "full")
         for name, parameter in self.tower.named_parameters():
             parameter.requires_grad_(train.tower == "full" and "embed_positions" not in name)
+        self.projector.requires_grad_(train.projector == "full")  # after the tower, which may hold it
         embedding.requires_grad_(train.tokens == "all")
         rows = ThinkingRows(embedding.weight, first_token).to(embedding.weight.device)
         rows.requires_grad_(train.tokens != "none" and self.thinking is not None)
@@ -206,7 +209,7 @@ class HFBackbone(Backbone):
             self._embeds = kwargs.get("inputs_embeds")
 
         def see_tower(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._tower = output.last_hidden_state
+            self._tower = output if isinstance(output, Tensor) else output.last_hidden_state
 
         def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._project_directly:
@@ -216,7 +219,7 @@ class HFBackbone(Backbone):
 
         embedding.register_forward_hook(add_rows)
         self.language_model.register_forward_pre_hook(see_embeds, with_kwargs=True)
-        self.tower.register_forward_hook(see_tower)
+        self.stock.get_submodule(self.tower_output_path or self.tower_path).register_forward_hook(see_tower)
         self.stock.get_output_embeddings().register_forward_pre_hook(narrow)
 
     def _train_mode(self, mode: bool = True) -> nn.Module:
@@ -340,8 +343,8 @@ class HFBackbone(Backbone):
             return "lora"
         if name.startswith("thinking_rows"):
             return "tokens"
-        if name.startswith(self.tower_path):
-            return "tower"
         if name.startswith(self.projector_path):
             return "projector"
+        if name.startswith(self.tower_path):
+            return "tower"
         return "lm"
