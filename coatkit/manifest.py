@@ -49,7 +49,6 @@ class Manifest:
         dim: Width of its features. None when it follows the backbone or an option.
         code_licence: SPDX identifier of the code it runs.
         weights_licence: SPDX identifier of its weights.
-        parameters: Parameters of an expert's network, for planning.
         flops_per_second: Floating-point operations of an expert per second of sound (a multiply-add is two), for
             planning.
         assets: Files it needs beyond its own package.
@@ -66,7 +65,6 @@ class Manifest:
     dim: int | None = None
     code_licence: str = "unknown"
     weights_licence: str = "none"
-    parameters: int | None = None
     flops_per_second: float | None = None
     assets: tuple[Asset, ...] = ()
     citation: str = ""

@@ -7,6 +7,7 @@ and torch's own counter counts the operations of forward and backward there. Onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -139,7 +140,8 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, shard: bool = False, row:
     shapes: list[RowShape] = []
     rows = 0
     for stage in spec.stages:
-        found, count = ([row], 1) if row else _rows(loaded, stage)
+        # Rows that are only described are as many as a stage takes: it passes over them once.
+        found, count = ([row], math.ceil(stage.steps * (stage.batch.rows or 1))) if row else _rows(loaded, stage)
         shapes, rows = found, max(rows, count)
         stages.append(_stage(stage, found, rate, ratio, backbone, sketch, language, heads, loaded))
     parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in heads.items()}}

@@ -20,6 +20,7 @@ def coatkit_manifests() -> list[Manifest]:
             dim=2_112,
             code_licence="Apache-2.0",
             weights_licence="Apache-2.0",
+            flops_per_second=0.45e9,
             citation=(
                 "Bittner, Bosch, Rubinstein, Meseguer-Brocal, Ewert: A Lightweight Instrument-Agnostic Model for "
                 "Polyphonic Note Transcription and Multipitch Estimation, ICASSP 2022"

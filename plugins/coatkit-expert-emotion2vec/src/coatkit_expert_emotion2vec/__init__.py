@@ -55,6 +55,7 @@ def coatkit_manifests() -> list[Manifest]:
             dim=None,  # 768, or 1024 with `variant: plus-large`
             code_licence="Apache-2.0",
             weights_licence=LICENCE,
+            flops_per_second=13.9e9,
             assets=tuple(WEIGHTS.values()),
             citation=(
                 "Ma, Zheng, Ye, Li, Gao, Zhang, Chen: emotion2vec: Self-Supervised Pre-Training for Speech Emotion "

@@ -29,6 +29,7 @@ def coatkit_manifests() -> list[Manifest]:
             dim=768,
             code_licence="Apache-2.0",
             weights_licence="CC-BY-NC-4.0",
+            flops_per_second=20.9e9,
             assets=(WEIGHTS,),
             citation=(
                 "Li, Yuan, Zhang, Ma, Chen, Yin et al.: MERT: Acoustic Music Understanding Model with Large-Scale "

@@ -27,6 +27,7 @@ def coatkit_manifests() -> list[Manifest]:
             dim=768,
             code_licence="Apache-2.0",
             weights_licence="CC-BY-NC-4.0",
+            flops_per_second=13.8e9,
             assets=(WEIGHTS,),
             citation=(
                 "Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen et al.: SpidR: Learning Fast and Stable Linguistic "
