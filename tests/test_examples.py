@@ -17,7 +17,7 @@ from coatkit.data.rows import JsonlRows
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKSTART = EXAMPLES / "quickstart"
 SPECS = sorted(EXAMPLES.rglob("*.yaml"))
-RECIPES = [EXAMPLES / "paper/qwen2-audio.yaml", *sorted((EXAMPLES / "paper").glob("*/*.yaml"))]
+RECIPES = [*sorted((EXAMPLES / "paper").glob("*.yaml")), *sorted((EXAMPLES / "paper").glob("*/*.yaml"))]
 RANDOM = [f"experts.{name}.weights=random" for name in ("spidr", "panns", "emotion2vec", "mert")]
 
 
@@ -133,7 +133,7 @@ def test_the_papers_recipe_and_its_arms_train(spec: Path, tmp_path: Path, monkey
     idle = (
         []
         if spec.stem in ("sft", "block-only")
-        else [f"stages.1.weights={{audio: 1.0, basic-pitch: {PITCH[spec.stem]}}}"]
+        else [f"stages.1.weights={{audio: 1.0, basic-pitch: {PITCH.get(spec.stem, 1.0)}}}"]
     )
     short = ["stages.0.steps=2", "stages.1.steps=2", "stages.0.batch.rows=2", "stages.1.batch.rows=2", "data.workers=0"]
     short += ["stages.0.warmup_steps=0", "stages.1.warmup_steps=0"]
@@ -145,4 +145,4 @@ def test_the_papers_recipe_and_its_arms_train(spec: Path, tmp_path: Path, monkey
     assert all(math.isfinite(line["loss"]) for line in metrics)
 
 
-PITCH = {"qwen2-audio": 1.0, "all": 1.0, "linear-heads": 1.0, "representational": 0.0}
+PITCH = {"representational": 0.0}
