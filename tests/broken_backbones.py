@@ -19,7 +19,7 @@ from coatkit_backbone_mini.backbone import MiniBackbone, MiniPreparer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from coatkit import AssetError, Backbone
+from coatkit import AssetError, Backbone, Inputs
 from coatkit.backbones import whisper
 from coatkit.data.rows import Message, Row
 from coatkit.protocols import BackboneAudio
@@ -408,6 +408,10 @@ class TowerRunsTwice(Good):
 
 
 class CountsNoPlaceholders(Good):
+    """Neither it nor its model looks."""
+
+    def _check_placeholders(self, inputs: Inputs) -> None: ...
+
     def load(self, device: torch.device) -> None:
         super().load(device)
 

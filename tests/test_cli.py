@@ -162,7 +162,7 @@ def test_a_missing_spec_is_two(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["train", "--resum", "x"], "--resume"),
         (["ask", "run", "a.wav", "q", "--max-new-tokens", "0"], "0 is not in the range"),
         (["fetch", "minni"], "no expert or backbone named 'minni' is installed; did you mean 'mini'?"),
-        (["fetch", "zzz"], "is installed; installed: mini, "),
+        (["fetch", "zzz"], "is installed; installed: audio-flamingo-3, mini, "),
         (["fetch", "gone.yaml"], "gone.yaml: cannot be read"),
     ],
 )

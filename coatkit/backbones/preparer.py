@@ -71,6 +71,8 @@ class HFPreparer(Preparer):
                 assert audio is not None
                 if reason := self.cannot_hear(float(audio.seconds[sound])):
                     raise row.fail(reason)
+                if counts[sound] < 1:
+                    raise row.fail("the front end gave a sound no audio token, though cannot_hear() had no objection")
             owner += [i] * len(row.audios)
             try:
                 laid.append(self._lay_out(row, mine, train))
