@@ -195,5 +195,5 @@ class _Lock:
             return kept
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise AssetError(f"{self.path} is no lock file of coatkit; delete it to pin anew") from error

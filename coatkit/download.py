@@ -116,7 +116,7 @@ def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Pro
 
 def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progress: Progress | None) -> bool:
     """Ask for what is missing and append it; True when the file is whole."""
-    known = json.loads(note.read_text()) if note.exists() and part.exists() else {}
+    known = _note(note) if part.exists() else {}
     have = part.stat().st_size if known.get("validator") else 0
     request = urllib.request.Request(source)
     if have:
@@ -138,3 +138,12 @@ def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progres
                 if progress:
                     progress(name, have, total)
     return total is None or have == total
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What is known of a part; nothing where a crash cut the note off."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -37,7 +37,9 @@ class Team:
                 "coatkit does not train under DeepSpeed; `accelerate launch --use_fsdp` shards parameters, gradients"
                 " and optimizer state as its ZeRO stage 3 does"
             )
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        # What accelerate would take from the launcher's settings besides changes numbers; the spec alone may.
+        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.rank: int = self.accelerator.process_index
         self.size: int = self.accelerator.num_processes
         self.leads = self.rank == 0
@@ -64,6 +66,8 @@ class Team:
                 work()
             except CoatkitError as error:
                 problem = error
+            except OSError as error:  # told here, or the others would wait for ever
+                problem = RunError(f"{error.filename or 'the run folder'}: {error.strerror or error}")
         if first := self.gather(problem)[0]:
             raise first
 

@@ -17,9 +17,11 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     """
     switches: tuple[Any, ...] = (
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # torch's stubs lack them
+        torch.backends.cudnn.rnn,
         torch.backends.cuda.matmul,
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
     )
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:

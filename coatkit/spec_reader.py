@@ -86,9 +86,13 @@ class SpecReader:
             raise SpecError([self.say(("extends",), f"expected the path of another spec, found {named!r:.60}")])
         below = Path(os.path.normpath(self.path.parent / os.path.expanduser(named)))
         chain = (*self._above, self.path.resolve())
-        if below.resolve() in chain:
+        try:
+            found, ring = below.is_file(), below.resolve() in chain
+        except (OSError, ValueError):  # a name the file system cannot hold
+            found, ring = False, False
+        if ring:
             raise SpecError([self.say(("extends",), f"{below} extends this spec in turn")])
-        if not below.is_file():
+        if not found:
             raise SpecError([self.say(("extends",), f"there is no file {below}")])
         if "output" not in data:
             raise SpecError([self.say(("extends",), "a spec that extends another needs an output of its own")])
@@ -219,10 +223,17 @@ def _merged(under: Any, over: Any, at: Path_ = ()) -> Any:
     """
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
-    if at != ("backbone",) and "use" in under and over.get("use", under["use"]) != under["use"]:
-        return over
+    if _is_component(at):
+        stands = under.get("use", "transformer" if at[-1] == "head" else at[-1])  # as the spec's models fill it in
+        if over.get("use", stands) != stands:
+            return over
     kept = {key: _merged(under[key], value, (*at, key)) if key in under else value for key, value in over.items()}
     return {key: value for key, value in {**under, **kept}.items() if value is not None or at[:1] != ("backbone",)}
+
+
+def _is_component(at: Path_) -> bool:
+    """Whether a head or an expert stands at this place."""
+    return at == ("head",) or (at[:1] == ("experts",) and (len(at) == 2 or (len(at) == 3 and at[2] == "head")))
 
 
 def _renumbered(lines: Mapping[Path_, str], index: Mapping[Any, int]) -> dict[Path_, str]:

@@ -106,7 +106,8 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
         ):
             for line in opening_lines(loaded, record, begun):
                 progress.say(line)
-            while session.position.stage < len(spec.stages) and not stop.asked:
+            # Asked of all: a signal that lands between two stages would part them otherwise.
+            while session.position.stage < len(spec.stages) and not any(team.gather(stop.asked)):
                 _train_stage(session, board, progress)
         team.part()
         return Result(run.path, session.position, session.position.stage == len(spec.stages))

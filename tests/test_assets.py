@@ -204,6 +204,17 @@ def test_a_part_longer_than_the_file_is_dropped(monkeypatch: pytest.MonkeyPatch,
     assert server.asked == ["bytes=40010-", None]
 
 
+def test_a_note_that_a_crash_cut_off_starts_anew(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 1000, 1000, 1000))
+    with pytest.raises(AssetError):
+        assets.fetch("mini", WEB)
+    (parts_in(cached)[0] / "part.json").write_text("")
+    server = Server(CONTENT)
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == [None]
+
+
 def test_a_part_of_another_source_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", Server(b"older" * 2000, 1000, 1000, 1000))
     with pytest.raises(AssetError):

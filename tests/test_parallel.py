@@ -175,6 +175,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(project: Any) -> None:
         time.sleep(0.1)
     tasks[1].send_signal(signal.SIGUSR1)
     outputs = [finish(task) for task in tasks]
+    assert "stopped at step" in outputs[1]
     steps = len(metrics(project.folder / "asked"))
     assert 0 < steps < 400
     assert f"stopped at step {steps}; continue with --resume" in outputs[0]
@@ -191,3 +192,10 @@ def test_the_spec_is_written_whole(shared: tuple[str, Path, str], alone: Any) ->
     _, folder, _ = shared
     one, other = (yaml.safe_load((place / "spec.yaml").read_text()) for place in (folder, alone.folder))
     assert {**one, "output": ""} == {**other, "output": ""}
+
+
+def test_what_a_launcher_sets_changes_no_number(project: Any, alone: Any) -> None:
+    """`accelerate launch` exports its own precision and accumulation; the spec alone decides."""
+    settings = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}
+    finish(launch(project.folder / "spec.yaml", "output=set", processes=1, **settings))
+    same_curves(metrics(project.folder / "set"), alone.metrics)

@@ -89,6 +89,9 @@ def test_another_head_or_expert_brings_its_own_options_and_a_backbone_keeps_them
     assert load(folder, head={"use": "linear"}).spec.head.options == {}
     assert load(folder, head={"use": "transformer", "dropout": 0.1}).spec.head.options == {"heads": 4, "dropout": 0.1}
     assert load(folder, experts={"mine": {"use": "basic-pitch"}}).spec.experts["mine"].options == {}
+    assert load(folder, experts={"audio": {"use": "basic-pitch"}}).spec.experts["audio"].options == {}
+    (folder / "base.yaml").write_text(text.replace("use: transformer, heads", "heads"))
+    assert load(folder, head={"use": "linear"}).spec.head.options == {}
     assert load(folder, backbone={"use": "mini"}).spec.backbone.options == {"lora": {"rank": 16, "alpha": 32}}
     assert load(folder, backbone={"lora": None}).spec.backbone.options == {}
 
@@ -119,6 +122,8 @@ def test_errors_name_the_file_and_line_that_is_wrong(folder: Path) -> None:
     ("keys", "said"),
     [
         ({"extends": "gone.yaml"}, "arm.yaml:1: extends: there is no file"),
+        ({"extends": "a" * 300}, "extends: there is no file"),
+        ({"extends": "a\0b"}, "extends: there is no file"),
         ({"extends": 3}, "arm.yaml:1: extends: expected the path of another spec, found 3"),
         ({"extends": "arm.yaml"}, "arm.yaml extends this spec in turn"),
         ({"stages": {"tow": {"steps": 1}}}, "stages.tow:"),
