@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,14 +137,21 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, shard: bool = False, row:
     ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
     rate = _audio_rate(loaded)
     language = _language_model(sketch.decoder, backbone.hidden_size)
+    curves = {name: _head_curve(head, backbone.hidden_size) for name, head in heads.items()}
+    read: dict[Path, tuple[list[RowShape], int]] = {}
     stages: list[StagePlan] = []
     shapes: list[RowShape] = []
     rows = 0
     for stage in spec.stages:
-        # Rows that are only described are as many as a stage takes: it passes over them once.
-        found, count = ([row], math.ceil(stage.steps * (stage.batch.rows or 1))) if row else _rows(loaded, stage)
+        if row:  # rows that are only described are as many as a stage takes: it passes over them once
+            found, count = [row], math.ceil(stage.steps * (stage.batch.rows or 1))
+        else:
+            path = loaded.path(stage.train or spec.data.train)
+            if path not in read:
+                read[path] = _rows(path)
+            found, count = read[path]
         shapes, rows = found, max(rows, count)
-        stages.append(_stage(stage, found, rate, ratio, backbone, sketch, language, heads, loaded))
+        stages.append(_stage(stage, found, rate, ratio, backbone, sketch, language, curves, loaded))
     parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in heads.items()}}
     trainable = {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
     seconds = sum(sum(shape.seconds) for shape in shapes) / len(shapes) * rows
@@ -197,9 +205,9 @@ def _audio_rate(loaded: LoadedSpec) -> float:
     return manifest.frame_rate
 
 
-def _rows(loaded: LoadedSpec, stage: StageSpec) -> tuple[list[RowShape], int]:
-    """Shapes of rows spread evenly over a stage's manifest, and how many rows that has; bad rows are passed over."""
-    manifest = JsonlRows(loaded.path(stage.train or loaded.spec.data.train))
+def _rows(path: Path) -> tuple[list[RowShape], int]:
+    """Shapes of rows spread evenly over a manifest, and how many rows that has; bad rows are passed over."""
+    manifest = JsonlRows(path)
     shapes = []
     for i in range(0, len(manifest), max(1, len(manifest) // _SAMPLE)):
         try:
@@ -294,7 +302,7 @@ def _stage(
     backbone: Backbone,
     sketch: Sketch,
     language: _Curve,
-    heads: dict[str, nn.Module],
+    curves: dict[str, _Curve],
     loaded: LoadedSpec,
 ) -> StagePlan:
     """Mean work of a row times the rows of a step."""
@@ -316,8 +324,7 @@ def _stage(
     tower = [sketch.tower_flops(s) for s in heard]
     work["audio tower"] = add([Work(t, 2 * t if sketch.tower_learns else 0.0) for t in tower])
     for name in stage.active:
-        curve = _head_curve(heads[name], backbone.hidden_size)
-        work[f"head {name}"] = add([curve.work(rate * ratio * s) for s in heard])
+        work[f"head {name}"] = add([curves[name].work(rate * ratio * s) for s in heard])
         declared = _expert_flops(loaded, name)
         if declared is not None:
             work[f"expert {name}"] = add([Work(declared * s, 0.0) for s in heard])

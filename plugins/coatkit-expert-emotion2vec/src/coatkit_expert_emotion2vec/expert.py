@@ -53,10 +53,8 @@ class Emotion2vec(Expert):
         # Upstream scales a sound with a layer norm over all of it, and that is its epsilon. Zeros behind a sound that
         # is too short to make a frame come after the scaling.
         scaled = AudioBatch(standardise(audio.samples, audio.lengths, eps=1e-5), audio.lengths, audio.sample_rate)
-        # On a CPU only short sounds gain from company, and padding costs what sound costs.
-        seconds, waste = (8.0, 0.05) if audio.samples.device.type == "cpu" else (120.0, 0.1)
         with exact_float32(audio.samples.device):
-            values, lengths = encode_by_length(scaled, loaded, seconds=seconds, waste=waste, min_samples=network.FEWEST)
+            values, lengths = encode_by_length(scaled, loaded, min_samples=network.FEWEST)
         # A frame's centre is half its 400 samples in; it starts half a hop before that.
         offset = (network.FEWEST - network.HOP) / 2 / self.sample_rate
         return Features(values, lengths, self.frame_rate, offset)

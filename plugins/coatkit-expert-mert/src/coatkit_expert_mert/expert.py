@@ -68,10 +68,8 @@ class Mert(Expert):
             return network.features(loaded, samples, lengths, self.layers)
 
         scaled = AudioBatch(standardise(audio.samples, audio.lengths), audio.lengths, audio.sample_rate)
-        # On a CPU only short sounds gain from company, and padding costs what sound costs.
-        seconds, waste = (8.0, 0.05) if audio.samples.device.type == "cpu" else (120.0, 0.1)
         with exact_float32(audio.samples.device):
-            values, lengths = encode_by_length(scaled, run, seconds=seconds, waste=waste, min_samples=_FEWEST)
+            values, lengths = encode_by_length(scaled, run, min_samples=_FEWEST)
         # A frame's centre is half its 400 samples in; it starts half a hop before that.
         offset = (_FEWEST / 2 - network.HOP / 2) / self.sample_rate
         return Features(values, lengths, self.frame_rate, offset)
