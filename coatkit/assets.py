@@ -4,7 +4,8 @@ Only `coatkit fetch` (the function `fetch` here) reaches the network. Everything
 fetched file or raises an error naming that command.
 
 What a manifest gives no digest for is pinned when it is first fetched: the cache's `assets.lock`, and a lock file of
-the user's own where one is named, keep source, revision and SHA-256, and a later fetch must bring the same.
+the user's own where one is named, keep source, revision and SHA-256, and a later fetch must bring the same. The
+cache's lets go of what it pinned when a manifest names another source; the user's own does not.
 """
 
 from __future__ import annotations
@@ -101,8 +102,12 @@ def fetch(owner: str, asset: Asset, progress: Progress | None = None, lock: Path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{asset.name}.lock"):
-            pins = [pin for kept in locks if (pin := kept.entry(owner, asset)).get("source") == asset.source]
+            pinned = [kept.entry(owner, asset) for kept in locks]
+            pins = [pin for pin in pinned if pin.get("source") == asset.source]
             revision = next((pin["revision"] for pin in pins if pin.get("revision")), None)
+            pins += [pin for pin in pinned[1:] if pin and pin not in pins]
+            if asset.sha256:  # known before a byte is fetched
+                _agree(owner, asset, asset.sha256, pins, "")
             if present(owner, asset):
                 digest = sha256(path)
                 remedy = f"Delete {path} and fetch it again."
@@ -142,9 +147,13 @@ def _agree(owner: str, asset: Asset, digest: str, pins: list[dict[str, Any]], re
     for pin in pins:
         if pin.get("sha256") not in (None, digest):
             said = f" as pinned in {pin['file']}" if "file" in pin else ""
+            why = f"It is damaged or has changed. {remedy}"
+            if (source := pin.get("source", asset.source)) != asset.source:
+                why = f"The pin is of another source, {source}."
+            if digest == asset.sha256:  # so the file is what its manifest wants, and the pin is of another one
+                why += f" To take the new one, delete {owner}/{asset.name} from {pin['file']} and fetch it again."
             raise AssetError(
-                f"{owner}: {asset.name} from {asset.source} has SHA-256 {digest}, expected {pin['sha256']}{said}.\n"
-                f"  It is damaged or has changed. {remedy}"
+                f"{owner}: {asset.name} from {asset.source} has SHA-256 {digest}, expected {pin['sha256']}{said}.\n  {why}"
             )
 
 

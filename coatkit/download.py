@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -22,6 +23,8 @@ from coatkit.errors import AssetError
 Progress = Callable[[str, int, int | None], None]
 """Called with the asset's name, bytes so far and bytes in all (None where unknown)."""
 _ATTEMPTS = 3
+_TIMEOUT = 60.0
+"""Seconds without a byte before a connection is given up."""
 _MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -81,7 +84,11 @@ def _from_hub(owner: str, rest: str, scratch: Path, revision: str | None) -> Arr
     try:
         # One commit for all that follows, whatever a branch does meanwhile.
         info = HfApi().model_info(repository, revision=named or revision or None, files_metadata=True)
-        target = scratch / "hub"
+        # A folder for each commit: what an earlier try left of another must not be taken for a part of this one.
+        target = scratch / f"hub-{info.sha}"
+        for older in scratch.glob("hub-*"):
+            if older != target:
+                shutil.rmtree(older)
         if not file:
             snapshot_download(repository, revision=info.sha, local_dir=target, allow_patterns=_MODEL_FILES)
             return Arrived(target, info.sha)
@@ -96,6 +103,8 @@ def _from_hub(owner: str, rest: str, scratch: Path, revision: str | None) -> Arr
 
 def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Progress | None) -> Arrived:
     part, note = scratch / "part", scratch / "part.json"
+    if part.exists() and part.stat().st_size == _note(note).get("total"):
+        return Arrived(part)  # an earlier try was ended after the last byte, before the file had its name
     problem = ""
     for _ in range(_ATTEMPTS):
         try:
@@ -103,8 +112,11 @@ def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Pro
                 return Arrived(part)
             problem = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code != 416:  # the part is longer than the file: it is of another one
+            if error.code != 416:
                 raise AssetError(f"{owner}: could not download {source}: {error}") from error
+            # Nothing follows the part: it is the whole file, whose length was not said, or longer and of another one.
+            if part.exists() and error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+                return Arrived(part)
             part.unlink(missing_ok=True)
             problem = str(error)
         except (OSError, http.client.HTTPException) as error:
@@ -123,21 +135,37 @@ def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progres
         # The server starts anew, by itself, if the file has changed since.
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", known["validator"])
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        if not answer.url.startswith("https://"):
-            raise AssetError(f"{owner}: {source} redirects to {answer.url}, which is not HTTPS")
+    with _open(owner, request) as answer:
         have = have if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         etag = answer.headers.get("ETag", "")
         validator = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
         with part.open("ab" if have else "wb") as out:
-            note.write_text(json.dumps({"validator": validator}))
+            note.write_text(json.dumps({"validator": validator, "total": total}))
             while block := answer.read(1 << 20):
                 have += out.write(block)
                 if progress:
                     progress(name, have, total)
     return total is None or have == total
+
+
+def _open(owner: str, request: urllib.request.Request) -> Any:
+    return urllib.request.build_opener(_HttpsOnly(owner)).open(request, timeout=_TIMEOUT)
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to HTTPS alone, each hop of several, and asks nothing of any other place."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+    def redirect_request(  # the base class's parameters
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if not newurl.lower().startswith("https://"):
+            raise AssetError(f"{self.owner}: {req.full_url} redirects to {newurl}, which is not HTTPS")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _note(path: Path) -> dict[str, Any]:

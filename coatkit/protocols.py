@@ -68,7 +68,8 @@ class AudioBatch:
         return self.lengths.double() / self.sample_rate
 
     def to(self, device: torch.device | str) -> AudioBatch:
-        return AudioBatch(self.samples.to(device), self.lengths.to(device), self.sample_rate, self.backbone)
+        backbone = None if self.backbone is None else self.backbone.to(device)
+        return AudioBatch(self.samples.to(device), self.lengths.to(device), self.sample_rate, backbone)
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -106,6 +107,10 @@ class BackboneAudio:
     tower: Tensor | None
     lengths: Tensor
     frame_rate: float
+
+    def to(self, device: torch.device | str) -> BackboneAudio:
+        tower = None if self.tower is None else self.tower.to(device)
+        return BackboneAudio(self.consumed.to(device), tower, self.lengths.to(device), self.frame_rate)
 
 
 class Expert(ABC):
@@ -372,12 +377,3 @@ class Backbone(ABC):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by part (e.g. `lora`, `tokens`, `projector`), the names a stage's `lr` may use."""
         return {"model": [p for p in self.model.parameters() if p.requires_grad]}
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

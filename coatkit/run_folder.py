@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import yaml
 
 from coatkit import __version__, checkpoint
 from coatkit.errors import RunError
+from coatkit.files import write_atomic
 
 FORMAT = 1
 _FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout")
@@ -147,16 +147,6 @@ def _parsed(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 def environment() -> dict[str, Any]:

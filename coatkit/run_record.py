@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from coatkit.data.rows import JsonlRows
+from coatkit.data.rows import Rows
 from coatkit.data.steps import Scan
+from coatkit.files import file_sha256
 from coatkit.model import CoatModel
-from coatkit.protocols import file_fingerprint
 from coatkit.run_folder import environment
 from coatkit.spec_file import LoadedSpec
 
 
-def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[Path, tuple[JsonlRows, Scan]]) -> dict[str, Any]:
+def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[str, tuple[Rows, Scan]]) -> dict[str, Any]:
     """The contents of run.json."""
     components = {}
     for place, chosen in loaded.chosen.items():
@@ -25,7 +24,7 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[Path, tuple[
         }
         source = chosen.component.source_file()
         if source is not None:
-            entry["sha256"] = file_fingerprint(source)
+            entry["sha256"] = file_sha256(source)
         if chosen.component.manifest is not None:
             entry["weights_licence"] = chosen.component.manifest.weights_licence
         components[place] = entry
@@ -44,13 +43,13 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[Path, tuple[
         },
         "backbone": {"fingerprint": model.backbone.fingerprint()},
         "data": {
-            str(path): {
-                "sha256": file_fingerprint(path),
+            str(rows.path): {
+                "sha256": rows.fingerprint(),
                 "rows": len(rows),
                 "bad_rows": len(found.bad),
                 "hours": round(float(found.seconds.sum()) / 3600, 4),
             }
-            for path, (rows, found) in sources.items()
+            for rows, found in sources.values()
         },
         "parameters": {
             "trainable": {part: sum(p.numel() for p in ps) for part, ps in model.parts().items()},

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,19 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from coatkit.spec_data import Cache, CacheSpec, DataSpec, MixtureSpec, Source, SourceSpec, Strict, Text
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("holds a NUL character")
-    return value
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ComponentSpec(BaseModel):
@@ -58,7 +47,7 @@ class ExpertSpec(ComponentSpec):
     head: HeadSpec | None = Field(None, description="head of this expert; the spec's `head` when left out")
 
 
-class ThinkingSpec(_Strict):
+class ThinkingSpec(Strict):
     """The thinking block [start, think x L, end]."""
 
     placement: Literal["response_prefix", "before_header"] = Field(
@@ -67,18 +56,7 @@ class ThinkingSpec(_Strict):
     tokens_per_audio_token: float = Field(1.0, gt=0, le=4, description="thinking positions per audio token (paper: 1)")
 
 
-class DataSpec(_Strict):
-    """Where rows come from and what to do with bad ones. Paths are relative to the spec."""
-
-    train: Text = Field(description="training rows, JSONL")
-    heldout: Text | None = Field(None, description="rows kept out of training, JSONL, for `ask` and comparisons")
-    max_seconds: float = Field(120, gt=0, description="longest sound in seconds (paper: 120)")
-    on_bad_row: Literal["refuse", "quarantine"] = Field("refuse", description="stop at a bad row, or set it aside")
-    max_bad_rows: int = Field(100, ge=0, description="with quarantine: stop when more rows than this are bad")
-    workers: int = Field(0, ge=0, le=64, description="processes that prepare batches; 0 prepares in the trainer")
-
-
-class BatchSpec(_Strict):
+class BatchSpec(Strict):
     """Rows of one optimizer step, over all devices."""
 
     rows: int | None = Field(None, ge=1, description="fixed number of rows (paper: 16)")
@@ -98,7 +76,7 @@ def _one_rate(value: Any) -> Any:
     return {"default": value} if isinstance(value, str | int | float) and not isinstance(value, bool) else value
 
 
-class StageSpec(_Strict):
+class StageSpec(Strict):
     """One stage of training: its steps, data, active experts and their weights."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name in logs and checkpoints")
@@ -111,7 +89,8 @@ class StageSpec(_Strict):
     batch: BatchSpec = Field(BatchSpec(rows=16), description="rows or tokens per step")
     weights: dict[str, Weight] = Field({}, description="loss weight of each active expert; 0 or left out: inactive")
     ce_weight: Weight = Field(1.0, description="weight of the response's cross-entropy")
-    train: Text | None = Field(None, description="rows of this stage; data.train when left out")
+    train: Source | None = Field(None, description="rows of this stage; data's when left out")
+    mixture: MixtureSpec | None = Field(None, description="mixture of this stage; data's when left out")
 
     @field_validator("lr")
     @classmethod
@@ -120,13 +99,19 @@ class StageSpec(_Strict):
             raise ValueError("needs a 'default' rate beside the named parts")
         return value
 
+    @model_validator(mode="after")
+    def _one_of(self) -> StageSpec:
+        if self.train is not None and self.mixture is not None:
+            raise ValueError("give either train or mixture")
+        return self
+
     @property
     def active(self) -> list[str]:
         """Names of the experts that teach in this stage."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
 
-class OptimizerSpec(_Strict):
+class OptimizerSpec(Strict):
     """AdamW."""
 
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moments")
@@ -139,7 +124,7 @@ class OptimizerSpec(_Strict):
     max_skipped: int = Field(10, ge=0, description="stop when more steps than this gave NaN or Inf")
 
 
-class CheckpointSpec(_Strict):
+class CheckpointSpec(Strict):
     """When training state is saved; it always is at the end of a stage and on SIGTERM or SIGINT."""
 
     every: int = Field(50, ge=1, description="steps between checkpoints")
@@ -164,7 +149,7 @@ def _experts(value: Any) -> Any:
 ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class Spec(_Strict):
+class Spec(Strict):
     """A run: a backbone, some experts and a list of stages."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
@@ -177,6 +162,7 @@ class Spec(_Strict):
     experts: Annotated[dict[ExpertName, ExpertSpec], BeforeValidator(_experts)] = Field({}, description="the teachers")
     head: HeadSpec = Field(HeadSpec(), description="head of every expert that names none")
     data: DataSpec = Field(description="rows")
+    cache: Cache = Field(CacheSpec(), description="what is read from the feature store (docs/data.md)")
     stages: list[StageSpec] = Field(min_length=1, description="trained one after another")
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")
     checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")
@@ -189,6 +175,12 @@ class Spec(_Strict):
     def head_of(self, expert: str) -> HeadSpec:
         """The head an expert gets."""
         return self.experts[expert].head or self.head
+
+    def rows_of(self, stage: StageSpec) -> SourceSpec | MixtureSpec:
+        """Where a stage's rows come from."""
+        found = stage.train or stage.mixture or self.data.train or self.data.mixture
+        assert found is not None, "DataSpec has one"
+        return found
 
     @property
     def total_steps(self) -> int:

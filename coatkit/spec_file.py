@@ -14,7 +14,8 @@ from coatkit.assets import needed
 from coatkit.errors import PluginError, SpecError
 from coatkit.manifest import Asset, Kind
 from coatkit.plugins import Component, registry
-from coatkit.spec import ComponentSpec, Spec
+from coatkit.spec import ComponentSpec, Spec, StageSpec
+from coatkit.spec_data import MixtureSpec, SourceSpec
 from coatkit.spec_reader import Path_, SpecReader, near
 
 Need = Literal["all", "components", "backbone"]
@@ -50,6 +51,20 @@ class LoadedSpec:
     def output(self) -> Path:
         return self.path(self.spec.output)
 
+    def rows_of(self, stage: StageSpec) -> SourceSpec | MixtureSpec:
+        """Where a stage's rows come from, with absolute paths and the mixture's seed."""
+        return self.located(self.spec.rows_of(stage))
+
+    def located(self, source: SourceSpec | MixtureSpec) -> SourceSpec | MixtureSpec:
+        """A source or mixture with absolute paths and, for a mixture, a seed."""
+        data = source.model_dump(mode="json")
+        if isinstance(source, SourceSpec):
+            return SourceSpec.model_validate({**data, "path": str(self.path(source.path))})
+        for inner in _sources_in({"mixture": data}):
+            inner["path"] = str(self.path(inner["path"]))
+        seed = self.spec.seed if source.seed is None else source.seed
+        return MixtureSpec.model_validate({**data, "seed": seed})
+
     def assets(self, of: str = "") -> list[tuple[str, Asset]]:
         """Weights the chosen components need with these options, each once; only of those in places like `experts.`"""
         wanted: list[tuple[str, Asset]] = []
@@ -64,12 +79,11 @@ class LoadedSpec:
         """The spec with every default filled in and every path absolute, as plain data."""
         data = self.spec.model_dump(mode="json")
         data["output"] = str(self.output)
-        for key in ("train", "heldout"):
-            if data["data"][key] is not None:
-                data["data"][key] = str(self.path(data["data"][key]))
-        for stage in data["stages"]:
-            if stage["train"] is not None:
-                stage["train"] = str(self.path(stage["train"]))
+        for part in (data["data"], *data["stages"]):
+            for source in _sources_in(part):
+                source["path"] = str(self.path(source["path"]))
+        if data["cache"]["folder"] is not None:
+            data["cache"]["folder"] = str(self.path(data["cache"]["folder"]))
         for place, chosen in self.chosen.items():
             entry: Any = data["backbone"] if place == "backbone" else None
             if place.startswith("experts."):
@@ -180,17 +194,31 @@ def _check_options(
     return options
 
 
+def _sources_in(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sources in the plain data of `data` or of a stage."""
+    yield from (entry[key] for key in ("train", "heldout") if entry.get(key) is not None)
+    for category in ((entry.get("mixture") or {}).get("categories") or {}).values():
+        yield from category["sources"]
+
+
 def _check_files(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:
-    """Files the spec names must be there."""
-    spec = loaded.spec
-    files: list[tuple[Path_, str | None]] = [
-        (("data", "train"), spec.data.train),
-        (("data", "heldout"), spec.data.heldout),
+    """Files and folders the spec names must be there."""
+    data = loaded.spec.data
+    named: list[tuple[Path_, SourceSpec | None]] = [
+        (("data", "train"), data.train),
+        (("data", "heldout"), data.heldout),
     ]
-    files += [(("stages", i, "train"), stage.train) for i, stage in enumerate(spec.stages)]
-    for path, text in files:
-        if text is not None and not os.path.isfile(loaded.path(text)):
-            yield reader.say(path, f"there is no file {loaded.path(text)}")
+    mixtures: list[tuple[Path_, MixtureSpec | None]] = [(("data", "mixture"), data.mixture)]
+    for i, stage in enumerate(loaded.spec.stages):
+        named.append((("stages", i, "train"), stage.train))
+        mixtures.append((("stages", i, "mixture"), stage.mixture))
+    for path, mixture in mixtures:
+        for name, category in mixture.categories.items() if mixture is not None else ():
+            named += [((*path, "categories", name, "sources", i), s) for i, s in enumerate(category.sources)]
+    for path, source in named:
+        if source is not None and not os.path.exists(loaded.path(source.path)):
+            at = (*path, "path") if (*path, "path") in reader.lines else path
+            yield reader.say(at, f"there is no file {loaded.path(source.path)}")
 
 
 def _check_stages(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:

@@ -9,7 +9,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,8 @@ class SpecReader:
 
     def problem(self, error: Any, model: type[BaseModel], at: Path_ = ()) -> str:
         """A pydantic error in the user's words."""
-        path = (*at, *self._real_path(error["loc"], at))
         kind, given = error["type"], error.get("input")
+        path = (*at, *self._real_path(error["loc"], at, missing=kind == "missing"))
         if kind == "extra_forbidden":
             return self.say(path, f"unknown key{near(str(path[-1]), _keys_at(model, path[len(at) : -1]))}")
         if kind == "missing":
@@ -204,13 +204,14 @@ class SpecReader:
         shown = "" if kind == "value_error" and isinstance(given, dict) else f" (got {given!r:.80})"
         return self.say(path, f"{message}{shown}")
 
-    def _real_path(self, loc: Sequence[str | int], at: Path_) -> Path_:
+    def _real_path(self, loc: Sequence[str | int], at: Path_, missing: bool) -> Path_:
         """Drop what pydantic adds to a location (union branches, `[key]`) and the file does not have."""
         real: list[str | int] = []
         for part in loc:
             here = (*at, *real, part)
             known = here in self.lines or any(origin[: len(here)] == here for origin in self.origin)
-            if known or (part is loc[-1] and part != "[key]"):
+            # A source may be a bare path, and pydantic then speaks of a `path` the file does not have.
+            if known or (part is loc[-1] and part != "[key]" and (missing or part != "path")):
                 real.append(part)
         return tuple(real)
 
@@ -223,6 +224,9 @@ def _merged(under: Any, over: Any, at: Path_ = ()) -> Any:
     """
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
+    for one, other in (("train", "mixture"), ("mixture", "train")):  # rows come from either
+        if over.get(one) is not None and over.get(other) is None and (at == ("data",) or at == ()):
+            under = {key: value for key, value in under.items() if key != other}
     if _is_component(at):
         stands = under.get("use", "transformer" if at[-1] == "head" else at[-1])  # as the spec's models fill it in
         if over.get("use", stands) != stands:
@@ -268,10 +272,28 @@ def _moved(data: dict[str, Any], folder: str) -> dict[str, Any]:
     for key in ("data", "stages"):
         entries = moved.get(key)
         for entry in entries if isinstance(entries, list) else [entries]:
-            for name in ("train", "heldout"):
-                if isinstance(entry, dict) and isinstance(entry.get(name), str):
-                    entry[name] = from_here(entry[name])
+            if isinstance(entry, dict):
+                _move_sources(entry, from_here)
+    cache = moved.get("cache")
+    if isinstance(cache, dict) and isinstance(cache.get("folder"), str):
+        cache["folder"] = from_here(cache["folder"])
     return moved
+
+
+def _move_sources(entry: dict[str, Any], moved: Callable[[str], str]) -> None:
+    """Change the paths of `train`, `heldout` and `mixture` in place."""
+
+    def source(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": moved(value["path"])}
+        return moved(value) if isinstance(value, str) else value
+
+    entry.update({name: source(entry[name]) for name in ("train", "heldout") if name in entry})
+    mixture = entry.get("mixture")
+    categories = mixture.get("categories") if isinstance(mixture, dict) else None
+    for category in categories.values() if isinstance(categories, dict) else ():
+        if isinstance(category, dict) and isinstance(category.get("sources"), list):
+            category["sources"] = [source(value) for value in category["sources"]]
 
 
 def _name_of(stage: Any) -> str:

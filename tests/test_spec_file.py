@@ -121,7 +121,6 @@ WRONG = {
     "NUL in a path": ("train.jsonl", '"a\\0b"', "6: data.train: holds a NUL character"),
     "half a surrogate": ("train.jsonl", '"\\ud800"', "6: data.train:", "unicode"),
     "no data file": ("train.jsonl", "gone.jsonl", "6: data.train: there is no file ", "/gone.jsonl"),
-    "a folder for data": ("train.jsonl", ".", "6: data.train: there is no file "),
     "an impossible file name": ("train.jsonl", "x" * 5000, "6: data.train: there is no file "),
     "stage's data": ("name: one,", "name: one, train: gone.jsonl,", "8: stages.0.train: there is no file "),
     "heldout": ("train.jsonl}", "train.jsonl, heldout: gone.jsonl}", "6: data.heldout: there is no file "),
@@ -488,7 +487,7 @@ def test_a_resolved_spec_means_the_same_from_anywhere(
 
 def test_defaults_are_written_out_in_the_resolved_spec(folder: Path) -> None:
     resolved = load(folder, BASE).resolved()
-    assert resolved["data"]["train"] == str(folder / "train.jsonl")
+    assert resolved["data"]["train"]["path"] == str(folder / "train.jsonl")
     assert resolved["experts"]["audio"]["head"] == {
         "use": "transformer",
         "heads": 8,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,26 +18,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coatkit.errors import DataError
+from coatkit.files import file_sha256
 
 AUDIO_TAG = "<audio>"
 _ROLES = ("system", "user", "assistant")
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Message:
+    """One turn.
+
+    Attributes:
+        learn: For an assistant's turn: whether cross-entropy is taken on it.
+    """
+
     role: str
     content: str
+    learn: bool = True
 
 
 @dataclass(frozen=True)
 class AudioRef:
-    """A stretch of a sound file; `start` and `end` in seconds, None for the file's own."""
+    """A stretch of a sound file; `start` and `end` in seconds, None for the file's own.
+
+    Attributes:
+        part: Where in `path` the sound file is, when that is a container: `OFFSET+LENGTH` in bytes, as in
+            `shard.tar#512+32044`; or a cell of a table, as in `rows.parquet#audio[17]`. Empty: `path` is the sound.
+    """
 
     path: Path
     start: float | None = None
     end: float | None = None
+    part: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.part}" if self.part else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,46 @@ class Row:
         return DataError(f"{self.where} (row {self.id}): {what}")
 
 
-class JsonlRows(Sequence[Row]):
-    """A JSONL file read by line through a memory map, so that millions of rows cost only their offsets.
+class Rows(Sequence[Row]):
+    """Rows that can be read in any order, from a file or a folder; made anew from `path` in every worker process.
+
+    A reader of a format subclasses it. Opening must cost offsets, not rows: manifests hold millions.
+
+    Attributes:
+        path: What was opened.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """Read and check one row, 0 <= index < len.
+
+        Raises:
+            DataError: If it is wrong; names the file, the line and the field.
+        """
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """`file:line` of a row, or what says the same in this format."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows' text, in hex: of the file as it is."""
+        return file_sha256(self.path)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.row(int(index) % len(self))
+
+
+class LineRows(Rows):
+    """A file with one JSON value on each line, read through a memory map, so that millions of rows cost only offsets.
 
     Raises:
         DataError: If the file cannot be read or is empty; and, on access, if a line is wrong (names line and field).
@@ -78,41 +136,58 @@ class JsonlRows(Sequence[Row]):
             raise DataError(f"{path}: the file is empty") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        content = np.frombuffer(self._map, dtype=np.uint8)
-        ends = np.flatnonzero(content == ord("\n"))
-        starts = np.concatenate([[0], ends + 1])
-        stops = np.concatenate([ends, [content.size]])
-        # Blank lines are no rows. Only short ones are looked at: no row is short.
-        keep = np.ones(len(starts), bool)
-        for i in np.flatnonzero(stops - starts < 64):
-            keep[i] = bool(self._map[starts[i] : stops[i]].strip())
-        self._lines = np.flatnonzero(keep)
-        self._starts, self._stops = starts[keep], stops[keep]
+        self._lines, self._starts, self._stops = _line_offsets(self._map)
         if not len(self._lines):
             raise DataError(f"{path}: the file holds no row")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        vars(self).update(state)
+        LineRows.__init__(self, state["path"])
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def where(self, index: int) -> str:
-        """`file:line` of a row."""
         return f"{self.path}:{int(self._lines[index]) + 1}"
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def data(self, index: int) -> Any:
+        """The JSON value of one line."""
         text = self._map[self._starts[index] : self._stops[index]]
         try:
-            data = json.loads(text)
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.where(index)}: not valid JSON: {error}") from None
-        return parse_row(data, self.where(index), self.path.parent)
+
+
+class JsonlRows(LineRows):
+    """Rows in coatkit's own JSONL; the module's docstring shows one."""
+
+    def row(self, index: int) -> Row:
+        return parse_row(self.data(index), self.where(index), self.path.parent)
+
+
+def _line_offsets(content: mmap.mmap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Number, start and stop of every line that is not blank; in blocks, each let go after a look."""
+    size = len(content)
+    found = []
+    for at in range(0, size, _BLOCK):
+        block = np.frombuffer(content, np.uint8, min(_BLOCK, size - at), at)
+        found.append(np.flatnonzero(block == ord("\n")) + at)
+        del block
+        if hasattr(content, "madvise"):
+            content.madvise(mmap.MADV_DONTNEED, at, min(_BLOCK, size - at))
+    ends = np.concatenate(found)
+    starts, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [size]])
+    # Blank lines are no rows. Only short ones are looked at: no row is short.
+    keep = np.ones(len(starts), bool)
+    for i in np.flatnonzero(stops - starts < 64):
+        keep[i] = bool(content[starts[i] : stops[i]].strip())
+    if keep.all():
+        return np.arange(len(starts)), starts, stops
+    return np.flatnonzero(keep), starts[keep], stops[keep]
 
 
 def parse_row(data: Any, where: str, folder: Path) -> Row:

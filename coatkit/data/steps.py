@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
-from coatkit.data.rows import AudioRef, JsonlRows, Row
+from coatkit.data.rows import AudioRef, Row, Rows
 from coatkit.errors import DataError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
-from coatkit.spec import DataSpec
+from coatkit.spec_data import DataSpec
 
 _ROW_OVERHEAD = 24
 """Tokens of chat markup per row, about; the plan needs a cost, not a count."""
@@ -68,7 +68,7 @@ class Scan:
         return np.flatnonzero(keep)
 
 
-def scan(rows: JsonlRows, preparer: Preparer, data: DataSpec, thinking: float) -> Scan:
+def scan(rows: Rows, preparer: Preparer, data: DataSpec, thinking: float) -> Scan:
     """Check every row and its sounds' headers, and estimate its cost (2 x audio tokens + text).
 
     Args:
@@ -166,7 +166,7 @@ class StepDataset(Dataset[Step]):
 
     def __init__(
         self,
-        rows: JsonlRows,
+        rows: Rows,
         good: NDArray[np.int64],
         plan: BatchPlan,
         preparer: Preparer,

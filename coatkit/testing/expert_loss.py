@@ -39,7 +39,7 @@ class LossChecks(ExpertBase):
             self.fail(problem, 'give a dict of names to scalar tensors, e.g. {"mse": coatkit.masked_mse(...)}')
 
     def test_loss_is_least_for_the_target(self, bench: Bench) -> None:
-        """A perfect prediction costs less than a random one, and no more than one that is off a little or throughout."""
+        """A perfect prediction costs less than a random one, and no more than one that is a little off or shifted."""
         lesson = self.lesson(bench)
         # Noise alone would find a loss that wants something else only by luck: its mean, which is what pulls, is near
         # zero. A shift of every value, up and down, is what such a loss prefers.
