@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coatkit.data.rows import Rows
-from coatkit.data.steps import Scan
+from coatkit.data.scan import Scan
 from coatkit.files import file_sha256
 from coatkit.model import CoatModel
 from coatkit.run_folder import environment
@@ -47,6 +47,7 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[str, tuple[R
                 "sha256": rows.fingerprint(),
                 "rows": len(rows),
                 "bad_rows": len(found.bad),
+                "left_out": len(found.left_out),
                 "hours": round(float(found.seconds.sum()) / 3600, 4),
             }
             for rows, found in sources.values()
@@ -65,7 +66,9 @@ def opening_lines(loaded: LoadedSpec, record: Mapping[str, Any], begun: int) -> 
     lines = []
     if record["random_weights"]:
         lines.append(f"RANDOM WEIGHTS in {', '.join(record['random_weights'])}: this run teaches nothing real.")
-    rows = ", ".join(f"{d['rows'] - d['bad_rows']} rows ({d['hours']:.2f} h)" for d in record["data"].values())
+    rows = ", ".join(
+        f"{d['rows'] - d['bad_rows'] - d['left_out']} rows ({d['hours']:.2f} h)" for d in record["data"].values()
+    )
     learns = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in record["parameters"]["trainable"].items())
     lines.append(f"{spec.name}: {spec.backbone.use}, experts {', '.join(spec.experts) or 'none'}; {rows}")
     lines.append(f"learns: {learns}; of {record['parameters']['total'] / 1e6:.1f} M in all")

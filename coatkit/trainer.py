@@ -25,8 +25,9 @@ from coatkit.build import build
 from coatkit.checkpoint import Moments, Position
 from coatkit.data.batches import BatchPlan
 from coatkit.data.rows import Message, Row, Rows
+from coatkit.data.scan import Scan, scan
 from coatkit.data.sources import open_data
-from coatkit.data.steps import Batch, Scan, Step, StepDataset, load_batch, scan
+from coatkit.data.steps import Batch, Step, StepDataset, load_batch
 from coatkit.errors import DataError, RunError
 from coatkit.model import CoatModel
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
@@ -36,6 +37,7 @@ from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
 from coatkit.sharding import whole
 from coatkit.spec import StageSpec
+from coatkit.spec_data import SourceSpec
 from coatkit.spec_file import LoadedSpec
 from coatkit.thinking import IGNORE
 
@@ -60,7 +62,7 @@ class Session:
     sources: dict[str, tuple[Rows, Scan]]
     stop: Stop
     position: Position = field(default_factory=Position)
-    moments: Moments = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)  # of what no optimizer holds now; shards where parameters are
     bad_rows: set[str] = field(default_factory=set)
     filler: Batch | None = None
 
@@ -89,7 +91,7 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     model = build(loaded, str(team.device))
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
-    sources = _read_data(loaded, model)
+    sources = _read_data(loaded, model, team)
     record = describe(loaded, model, sources)
     with Stop() as stop, _deterministic(team.device):
         session = Session(loaded, team, model, run, sources, stop)
@@ -137,6 +139,7 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
     groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
     checkpoint.set_moments(optimizer, named, session.moments)
+    checkpoint.rest_moments(model.named_parameters(), session.moments)
     model.train()
     for share in _steps(session, stage):
         started = time.perf_counter()
@@ -152,7 +155,13 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.stage_step += 1
-        numbers = {**terms, "grad_norm": norm, "lr": stage.lr["default"] * shape, "rows": len(step.row_ids)}
+        numbers = {
+            **terms,
+            "grad_norm": norm,
+            "lr": stage.lr["default"] * shape,
+            "rows": len(step.row_ids),
+            "epoch": share.epoch,
+        }
         _log(session, board, stage, {**numbers, "seconds": time.perf_counter() - started})
         progress.step(position.step, stage.name, terms)
         if not healthy:
@@ -160,12 +169,11 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         stopping = any(team.gather(session.stop.asked))
         last = position.stage_step == stage.steps
         if last or stopping or position.stage_step % spec.checkpoint.every == 0:
-            session.moments |= checkpoint.optimizer_moments(optimizer, named)
+            moments = session.moments | checkpoint.optimizer_moments(optimizer, named)
             if last:
                 position.stage, position.stage_step = position.stage + 1, 0
-                if spec.optimizer.between_stages == "reset":
-                    session.moments.clear()
-            _save(session)
+                session.moments = moments = {} if spec.optimizer.between_stages == "reset" else moments
+            _save(session, moments)
         if stopping:
             session.stop.asked = True
             break
@@ -252,8 +260,8 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     )
 
 
-def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[str, tuple[Rows, Scan]]:
-    """Open and check everything the stages draw from, by what the spec says of it."""
+def _read_data(loaded: LoadedSpec, model: CoatModel, team: Team) -> dict[str, tuple[Rows, Scan]]:
+    """Open and check everything the stages draw from, by what the spec says of it; each process looks at its share."""
     spec, preparer = loaded.spec, model.backbone.preparer
     ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
     sources: dict[str, tuple[Rows, Scan]] = {}
@@ -261,7 +269,9 @@ def _read_data(loaded: LoadedSpec, model: CoatModel) -> dict[str, tuple[Rows, Sc
         key = data.model_dump_json()
         if key not in sources:
             rows = open_data(data)
-            sources[key] = (rows, scan(rows, preparer, spec.data, ratio))
+            keep = data.filter if isinstance(data, SourceSpec) else None  # a mixture is filtered when it is drawn
+            share = (team.rank, team.size)
+            sources[key] = (rows, scan(rows, preparer, spec.data, ratio, keep=keep, share=share, gather=team.gather))
     return sources
 
 
@@ -315,15 +325,16 @@ def _log(session: Session, board: SummaryWriter | None, stage: StageSpec, number
         board.add_scalar(name.replace(".", "/"), value, position.step)
 
 
-def _save(session: Session) -> None:
-    """A checkpoint of everything that learns and of where training stands; the first process writes it."""
+def _save(session: Session, moments: Moments) -> None:
+    """A checkpoint of everything that learns and of where training stands; all gather it, the first process writes."""
     team, spec = session.team, session.loaded.spec
-    tensors = checkpoint.learned(session.model, session.names)
+    tensors = checkpoint.learned(session.model, session.names, keep=team.leads)
+    whole_moments = checkpoint.gathered(moments, keep=team.leads)
     random = team.gather(checkpoint.random_state(team.device))
 
     def write() -> None:
         folder, keep = session.run.checkpoints, spec.checkpoint.keep
-        checkpoint.save(folder, tensors, session.moments, random, session.position, keep)
+        checkpoint.save(folder, tensors, whole_moments, random, session.position, keep)
 
     team.once(write)
 

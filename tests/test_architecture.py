@@ -18,7 +18,8 @@ spec
 hookspecs spec_reader protocols precision download weights data.rows checkpoint thinking
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper
 spec_file data.readers data.steps backbones.preparer run_folder
-data.sources
+data.sources data.filters
+data.scan
 model backbones.hf backbones.folder backbones.tiny
 build optimization run_record
 plan

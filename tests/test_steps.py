@@ -1,8 +1,12 @@
 """From a manifest to prepared steps: the scan, bad rows, and workers that change nothing."""
 
 import json
+import shutil
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +15,17 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
+from coatkit import assets
+from coatkit.data import audio as reading
+from coatkit.data import scan as scan_module
 from coatkit.data.batches import BatchPlan
-from coatkit.data.rows import JsonlRows, Row
-from coatkit.data.steps import Step, StepDataset, load_batch, scan
+from coatkit.data.rows import AudioRef, JsonlRows, Row
+from coatkit.data.scan import Scan, scan
+from coatkit.data.steps import Step, StepDataset, load_batch
 from coatkit.errors import DataError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
-from coatkit.spec import BatchSpec, DataSpec
+from coatkit.spec import BatchSpec
+from coatkit.spec_data import DataSpec, FilterSpec
 
 RATE = 8000
 
@@ -179,6 +188,87 @@ def test_a_long_list_of_bad_rows_is_cut(folder: Path) -> None:
     assert len(str(caught.value).splitlines()) < 15
 
 
+def test_a_filter_leaves_rows_out_and_they_are_not_bad(folder: Path) -> None:
+    rows = write(folder, [{**row, "kind": "bell" if i % 2 else "horn"} for i, row in enumerate(rows_of(folder))])
+    keep = FilterSpec(min_seconds=0.8, where={"kind": "bell"})
+    found = scan(rows, FakePreparer(), options(), 1.0, keep=keep)
+    assert found.good.tolist() == [3, 5, 7]
+    assert found.bad == []
+    with pytest.raises(DataError, match="the filter takes no row"):
+        scan(rows, FakePreparer(), options(), 1.0, keep=FilterSpec(min_seconds=99))
+
+
+def test_shares_of_several_processes_make_the_same_whole(mixed: JsonlRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_CHUNK", 2)
+    data = options(max_seconds=5, on_bad_row="quarantine")
+    whole = scan(mixed, FakePreparer(), data, 1.0)
+    meeting, told = threading.Barrier(2), [None, None]
+
+    def take_part(rank: int) -> Scan:
+        def gather(mine: Any) -> list[Any]:
+            told[rank] = mine
+            meeting.wait(30)
+            found = list(told)
+            meeting.wait(30)
+            return found
+
+        return scan(mixed, FakePreparer(), data, 1.0, share=(rank, 2), gather=gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(take_part, (0, 1)):
+            np.testing.assert_array_equal(found.costs, whole.costs)
+            np.testing.assert_array_equal(found.seconds, whole.seconds)
+            assert found.bad == whole.bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_find_the_same(mixed: JsonlRows, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    data = options(max_seconds=5, on_bad_row="quarantine", workers=workers)
+    whole = scan(mixed, FakePreparer(), data, 1.0)
+    monkeypatch.setattr(scan_module, "_CHUNK", 1)
+    found = scan(mixed, FakePreparer(), data, 1.0)
+    np.testing.assert_array_equal(found.costs, whole.costs)
+    assert found.bad == whole.bad
+
+
+def test_a_large_manifest_is_looked_at_once(mixed: JsonlRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_KEPT_FROM", 1)
+    opened: list[Path] = []
+
+    def duration(ref: AudioRef) -> float:
+        opened.append(ref.path)
+        return reading.duration(ref)
+
+    monkeypatch.setattr(scan_module, "sound", SimpleNamespace(duration=duration))
+    data = options(max_seconds=5, on_bad_row="quarantine")
+    first = scan(mixed, FakePreparer(), data, 1.0)
+    assert len(opened) == 6
+    opened.clear()
+    sound(mixed.path.parent / "gone.wav", 2)  # a bad row's sound turns up
+    again = scan(mixed, FakePreparer(), data, 1.0)
+    assert {path.name for path in opened} == {"gone.wav", "long.wav", "0.wav", "short.wav"}  # the bad rows' alone
+    assert again.good.tolist() == [0, 1, 2]
+    assert [i for i, _ in again.bad] == list(range(3, 2 + len(BAD)))
+    assert again.seconds[2] == 2.0
+    np.testing.assert_array_equal(again.costs[:2], first.costs[:2])
+    opened.clear()
+    scan(mixed, FakePreparer(), data, 0.5)  # a shorter block costs less
+    assert len(opened) == 6
+
+
+def test_what_was_kept_and_is_damaged_is_made_again(mixed: JsonlRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_KEPT_FROM", 1)
+    data = options(max_seconds=5, on_bad_row="quarantine")
+    shutil.rmtree(assets.cache_dir() / "scans", ignore_errors=True)
+    first = scan(mixed, FakePreparer(), data, 1.0)
+    [kept] = (assets.cache_dir() / "scans").iterdir()
+    for content in (b"", b"PK\x03\x04 no archive", kept.read_bytes()[:100]):
+        kept.write_bytes(content)
+        again = scan(mixed, FakePreparer(), data, 1.0)
+        np.testing.assert_array_equal(again.costs, first.costs)
+        assert again.bad == first.bad
+
+
 # Steps
 
 
@@ -228,7 +318,7 @@ def test_parts_and_ranks_hold_the_step_between_them(folder: Path) -> None:
 
 
 def test_a_device_without_rows_has_no_batch(folder: Path) -> None:
-    assert dataset(folder, BatchSpec(rows=1), rank=1, world=2)[0] == Step(batches=[None])
+    assert dataset(folder, BatchSpec(rows=1), rank=1, world=2)[0] == Step(batches=[None], epoch=0.1)
 
 
 def test_workers_change_nothing(folder: Path) -> None:

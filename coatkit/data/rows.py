@@ -9,10 +9,11 @@ tag gets its tags at the start of the first user message. Times are seconds. Oth
 from __future__ import annotations
 
 import json
-import mmap
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class Rows(Sequence[Row]):
 
 
 class LineRows(Rows):
-    """A file with one JSON value on each line, read through a memory map, so that millions of rows cost only offsets.
+    """A file with one JSON value on each line. Only the lines' offsets are held, so millions of rows cost little.
 
     Raises:
         DataError: If the file cannot be read or is empty; and, on access, if a line is wrong (names line and field).
@@ -130,15 +131,12 @@ class LineRows(Rows):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise DataError(f"{path}: the file is empty") from None
+            self._file = path.open("rb", buffering=0)
+            self._lines, self._starts, self._stops = _line_offsets(self._file)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        self._lines, self._starts, self._stops = _line_offsets(self._map)
         if not len(self._lines):
-            raise DataError(f"{path}: the file holds no row")
+            raise DataError(f"{path}: the file {'holds no row' if path.stat().st_size else 'is empty'}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if not k.startswith("_")}
@@ -153,11 +151,16 @@ class LineRows(Rows):
     def where(self, index: int) -> str:
         return f"{self.path}:{int(self._lines[index]) + 1}"
 
+    def text(self, index: int) -> bytes:
+        """One line as it is in the file."""
+        start, stop = int(self._starts[index]), int(self._stops[index])
+        # Not a memory map: a file that shrinks while it is mapped kills the process.
+        return os.pread(self._file.fileno(), stop - start, start)
+
     def data(self, index: int) -> Any:
         """The JSON value of one line."""
-        text = self._map[self._starts[index] : self._stops[index]]
         try:
-            return json.loads(text)
+            return json.loads(self.text(index))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.where(index)}: not valid JSON: {error}") from None
 
@@ -169,22 +172,18 @@ class JsonlRows(LineRows):
         return parse_row(self.data(index), self.where(index), self.path.parent)
 
 
-def _line_offsets(content: mmap.mmap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Number, start and stop of every line that is not blank; in blocks, each let go after a look."""
-    size = len(content)
-    found = []
-    for at in range(0, size, _BLOCK):
-        block = np.frombuffer(content, np.uint8, min(_BLOCK, size - at), at)
-        found.append(np.flatnonzero(block == ord("\n")) + at)
-        del block
-        if hasattr(content, "madvise"):
-            content.madvise(mmap.MADV_DONTNEED, at, min(_BLOCK, size - at))
-    ends = np.concatenate(found)
+def _line_offsets(file: FileIO) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Number, start and stop of every line that is not blank."""
+    found, size = [], 0
+    while block := file.read(_BLOCK):
+        found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
+        size += len(block)
+    ends = np.concatenate([*found, np.zeros(0, np.int64)])
     starts, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [size]])
     # Blank lines are no rows. Only short ones are looked at: no row is short.
     keep = np.ones(len(starts), bool)
     for i in np.flatnonzero(stops - starts < 64):
-        keep[i] = bool(content[starts[i] : stops[i]].strip())
+        keep[i] = bool(os.pread(file.fileno(), int(stops[i] - starts[i]), int(starts[i])).strip())
     if keep.all():
         return np.arange(len(starts)), starts, stops
     return np.flatnonzero(keep), starts[keep], stops[keep]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +15,10 @@ from torch.utils.data import Dataset
 
 from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
-from coatkit.data.rows import AudioRef, Row, Rows
+from coatkit.data.rows import Row, Rows
 from coatkit.errors import DataError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
 from coatkit.spec_data import DataSpec
-
-_ROW_OVERHEAD = 24
-"""Tokens of chat markup per row, about; the plan needs a cost, not a count."""
 
 
 @dataclass
@@ -50,83 +46,8 @@ class Step:
     bad: list[str] = field(default_factory=list)
     row_ids: list[str] = field(default_factory=list)
     error: str = ""
-
-
-@dataclass
-class Scan:
-    """What a look at every row found: costs in tokens, seconds of sound, and the rows that cannot be used."""
-
-    costs: NDArray[np.int64]
-    seconds: NDArray[np.float64]
-    bad: list[tuple[int, str]]
-
-    @property
-    def good(self) -> NDArray[np.int64]:
-        """Indices of the usable rows."""
-        keep = np.ones(len(self.costs), bool)
-        keep[[i for i, _ in self.bad]] = False
-        return np.flatnonzero(keep)
-
-
-def scan(rows: Rows, preparer: Preparer, data: DataSpec, thinking: float) -> Scan:
-    """Check every row and its sounds' headers, and estimate its cost (2 x audio tokens + text).
-
-    Args:
-        thinking: Thinking positions per audio token; 0 when thinking is off.
-
-    Raises:
-        DataError: With `on_bad_row: refuse`, listing the first bad rows; with `quarantine`, when there are too many.
-    """
-    costs, seconds, bad = np.ones(len(rows), np.int64), np.zeros(len(rows)), []
-    for i in range(len(rows)):
-        try:
-            row: Row = rows[i]
-            if row.messages[-1].role != "assistant":
-                raise row.fail("the last message must be the assistant's answer")
-            tokens = sum(len(m.content.encode()) for m in row.messages) // 4 + _ROW_OVERHEAD
-            for ref in row.audios:
-                length = _duration(row, ref)
-                _check_length(row, ref.path, length, data, preparer)
-                heard = preparer.audio_tokens(round(length * preparer.sample_rate))
-                tokens += round(heard * (1 + thinking))
-                seconds[i] += length
-            costs[i] = tokens
-        except DataError as error:
-            bad.append((i, str(error)))
-    _judge(bad, data, rows.path)
-    if len(bad) == len(rows):
-        raise DataError(f"{rows.path}: every row is bad, first: {bad[0][1]}")
-    return Scan(costs, seconds, bad)
-
-
-def _duration(row: Row, ref: AudioRef) -> float:
-    try:
-        return sound.duration(ref)
-    except DataError as error:
-        raise row.fail(str(error)) from None
-
-
-def _check_length(row: Row, path: Path, seconds: float, data: DataSpec, preparer: Preparer) -> None:
-    if seconds > data.max_seconds:
-        raise row.fail(f"{path}: {seconds:.1f} s is over data.max_seconds ({data.max_seconds:g} s)")
-    if reason := preparer.cannot_hear(seconds):
-        raise row.fail(f"{path}: {reason}")
-
-
-def _judge(bad: Sequence[tuple[int, str]], data: DataSpec, path: Path) -> None:
-    if not bad:
-        return
-    shown = "\n".join(f"  {reason}" for _, reason in bad[:10])
-    more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-    if data.on_bad_row == "refuse":
-        raise DataError(
-            f"{path}: {len(bad)} bad row(s):\n{shown}{more}\n"
-            "  Repair or remove them, or set data.on_bad_row: quarantine to train without them."
-        )
-    if len(bad) > data.max_bad_rows:
-        raise DataError(
-            f"{path}: {len(bad)} bad rows are more than data.max_bad_rows: {data.max_bad_rows}:\n{shown}{more}"
-        )
+    epoch: float = 0.0
+    """Passes over the rows done when this step is."""
 
 
 def load_batch(rows: Sequence[Row], preparer: Preparer, rates: Iterable[int], max_seconds: float, train: bool) -> Batch:
@@ -179,7 +100,7 @@ class StepDataset(Dataset[Step]):
         self.rates, self.data, self.rank, self.world = frozenset(rates), data, rank, world
 
     def __getitem__(self, step: int) -> Step:
-        out = Step()
+        out = Step(epoch=self.plan.epoch_of(step + 1))
         for part in split(self.plan.rows(step), self.rank, self.world, self.plan.batch.accumulate):
             rows: list[Row] = [self.rows[int(self.good[i])] for i in part]
             try:
