@@ -141,8 +141,8 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
     checkpoint.set_moments(optimizer, named, session.moments)
     checkpoint.rest_moments(model.named_parameters(), session.moments)
     model.train()
+    started = time.perf_counter()
     for share in _steps(session, stage):
-        started = time.perf_counter()
         step = _agree(session, share)
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
@@ -163,6 +163,7 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
             "epoch": share.epoch,
         }
         _log(session, board, stage, {**numbers, "seconds": time.perf_counter() - started})
+        started = time.perf_counter()  # so that a step's time holds the wait for its rows, and saving after the last
         progress.step(position.step, stage.name, terms)
         if not healthy:
             _skip(session, step, terms, norm)
