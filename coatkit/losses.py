@@ -1,14 +1,17 @@
 """Masked losses shared by experts: every one is a mean over valid positions, so that batches can be re-weighted
-exactly.
+exactly. And the response's cross-entropy, in little memory.
 
 Shapes: prediction and target [A, L, d], mask [A, L] bool. Sums run in float32.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -59,3 +62,58 @@ def masked_focal_bce(
     if alpha is not None:
         weight = weight * (alpha * probability + (1 - alpha) * (1 - probability))
     return masked_mean(weight * bce, mask)
+
+
+_CHUNK_VALUES = 1 << 26
+"""Logits held at once: 256 MB in float32."""
+
+
+def projected_cross_entropy(hidden: Tensor, labels: Tensor, project: nn.Module) -> Tensor:
+    """Cross-entropy of tokens summed, in nats, without ever holding all logits.
+
+    With a 150 k vocabulary the logits of a few thousand answer tokens are gigabytes, and as much again for their
+    gradient. Long answers are taken in chunks; a frozen projection's gradient is made chunk by chunk on the way
+    forward, and one that learns is computed a second time on the way back.
+
+    Args:
+        hidden: [N, d] states.
+        labels: [N] int64 token of each state.
+        project: From states to logits [N, V].
+    """
+    learns = any(p.requires_grad for p in project.parameters())
+    vocabulary = next(p.shape[0] for p in project.parameters())
+    size = max(1, _CHUNK_VALUES // vocabulary)
+    if labels.numel() <= size:
+        return _cross_entropy(hidden, labels, project)
+    if hidden.requires_grad and not learns and torch.is_grad_enabled():
+        total: Tensor = _ChunkedCrossEntropy.apply(hidden, labels, project, size)
+        return total
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for states, tokens in zip(hidden.split(size), labels.split(size), strict=True):
+        total = total + checkpoint(_cross_entropy, states, tokens, project, use_reentrant=False)
+    return total
+
+
+def _cross_entropy(hidden: Tensor, labels: Tensor, project: nn.Module) -> Tensor:
+    return F.cross_entropy(project(hidden).float(), labels, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum and its gradient in one pass: d loss / d hidden is known as soon as a chunk's logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, project: nn.Module, size: int) -> Tensor:
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for states, tokens in zip(hidden.split(size), labels.split(size), strict=True):
+            with torch.enable_grad():
+                states = states.detach().requires_grad_()
+                loss = _cross_entropy(states, tokens, project)
+            gradients += torch.autograd.grad(loss, states)
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (saved,) = ctx.saved_tensors
+        return saved * gradient, None, None, None

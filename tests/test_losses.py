@@ -8,11 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from coatkit.losses import masked_bce, masked_focal_bce, masked_mean, masked_mse
+from coatkit import losses
+from coatkit.losses import masked_bce, masked_focal_bce, masked_mean, masked_mse, projected_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -150,3 +152,39 @@ def test_a_perfect_prediction_costs_nothing() -> None:
     _, target, mask = batch()
     assert masked_mse(target, target, mask) == 0
     assert masked_focal_bce(torch.logit(target[1:]), target[1:], mask[1:]) < 1e-10
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 30])
+def test_cross_entropy_in_chunks_is_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int, learns: bool) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    project = nn.Linear(6, 50)
+    project.requires_grad_(learns)
+    hidden = torch.randn(tokens, 6, generator=random, requires_grad=True)
+    labels = torch.randint(50, (tokens,), generator=random)
+    whole = F.cross_entropy(project(hidden), labels, reduction="sum")
+    wanted = torch.autograd.grad(3 * whole, [hidden, *(project.parameters() if learns else ())])
+    monkeypatch.setattr(losses, "_CHUNK_VALUES", 8 * 50 + 3)
+    found = projected_cross_entropy(hidden, labels, project)
+    torch.testing.assert_close(found, whole)
+    (3 * found).backward()
+    made = [hidden.grad, *(p.grad for p in project.parameters() if learns)]
+    for gradient, expected in zip(made, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(projected_cross_entropy(hidden, labels, project), whole)
+
+
+def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_VALUES", 10 * 40)
+    seen = []
+
+    class Projection(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            seen.append(input.shape[0])
+            return super().forward(input)
+
+    project = Projection(3, 40).requires_grad_(False)
+    hidden = torch.randn(25, 3, requires_grad=True)
+    projected_cross_entropy(hidden, torch.zeros(25, dtype=torch.long), project).backward()
+    assert seen == [10, 10, 5]  # each chunk once: the way back computes none again
