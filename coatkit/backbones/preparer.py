@@ -142,11 +142,11 @@ class HFPreparer(Preparer):
             pieces += block if after_header else []
             if answering:
                 done = self._render(messages[: i + 1])
-                pieces += self._answer(self._rest(done, header, row), row)
+                pieces += self._answer(self._rest(done, header, row), row, row.messages[i].learn)
         return pieces
 
-    def _answer(self, text: str, row: Row) -> list[Text | Block]:
-        """An answer is learnt up to and with its end-of-turn token; the markup after that is not."""
+    def _answer(self, text: str, row: Row, learn: bool) -> list[Text | Block]:
+        """An answer is learnt, if at all, up to and with its end-of-turn token; the markup after that is not."""
         ids = self._ids(text)
         ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
         if len(ends) > 1:
@@ -154,7 +154,7 @@ class HFPreparer(Preparer):
         if ends == [0]:
             raise row.fail("an answer is empty; an assistant message with text is needed")
         cut = ends[0] + 1 if ends else len(ids)
-        return [Text(ids[:cut], answer=True), Text(ids[cut:])]
+        return [Text(ids[:cut], answer=learn), Text(ids[cut:])]
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""

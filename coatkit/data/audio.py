@@ -9,6 +9,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from coatkit.data import containers
 from coatkit.data.rows import AudioRef
 from coatkit.errors import DataError
 
@@ -25,9 +26,10 @@ def duration(ref: AudioRef) -> float:
         DataError: If the file cannot be opened, holds nothing, or the stretch lies outside it.
     """
     try:
-        info = soundfile.info(str(ref.path))
+        with containers.opened(ref) as file:
+            info = soundfile.info(file)
     except _UNREADABLE as error:
-        raise DataError(f"{ref.path}: cannot be opened as sound: {_reason(ref, error)}") from None
+        raise DataError(f"{ref}: cannot be opened as sound: {_reason(ref, error)}") from None
     start, stop = _frames(ref, info.samplerate, info.frames)
     return (stop - start) / int(info.samplerate)
 
@@ -39,23 +41,23 @@ def read(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:
         DataError: If it cannot be decoded, is empty, longer than `max_seconds`, or holds NaN or infinite samples.
     """
     try:
-        with soundfile.SoundFile(str(ref.path)) as sound:
+        with containers.opened(ref) as file, soundfile.SoundFile(file) as sound:
             rate: int = sound.samplerate
             start, stop = _frames(ref, rate, sound.frames)
             if (stop - start) / rate > max_seconds:
-                raise DataError(f"{ref.path}: {(stop - start) / rate:.1f} s is over the limit of {max_seconds:g} s")
+                raise DataError(f"{ref}: {(stop - start) / rate:.1f} s is over the limit of {max_seconds:g} s")
             sound.seek(start)
             samples = sound.read(stop - start, dtype="float32", always_2d=True)
     except _UNREADABLE as error:
-        raise DataError(f"{ref.path}: cannot be decoded: {_reason(ref, error)}") from None
+        raise DataError(f"{ref}: cannot be decoded: {_reason(ref, error)}") from None
     # A header can promise more than the file holds; a tail of a few frames is a codec's rounding.
     if samples.shape[0] < (stop - start) - rate // 10:
-        raise DataError(f"{ref.path}: truncated: {samples.shape[0]} of {stop - start} frames could be decoded")
+        raise DataError(f"{ref}: truncated: {samples.shape[0]} of {stop - start} frames could be decoded")
     mono: Samples = samples.mean(axis=1, dtype=np.float32)
     if mono.size == 0:
-        raise DataError(f"{ref.path}: holds no sound")
+        raise DataError(f"{ref}: holds no sound")
     if not np.isfinite(mono).all():
-        raise DataError(f"{ref.path}: holds NaN or infinite samples")
+        raise DataError(f"{ref}: holds NaN or infinite samples")
     return mono, rate
 
 
@@ -71,11 +73,11 @@ def _frames(ref: AudioRef, rate: int, frames: int) -> tuple[int, int]:
     start = round((ref.start or 0.0) * rate)
     stop = frames if ref.end is None else round(ref.end * rate)
     if frames <= 0:
-        raise DataError(f"{ref.path}: holds no sound")
+        raise DataError(f"{ref}: holds no sound")
     # Manifests round their times; a tenth of a second past the end is the end.
     if stop > frames + rate // 10 or start >= frames:
         raise DataError(
-            f"{ref.path}: {ref.start or 0.0:g} to {ref.end if ref.end is not None else frames / rate:g} s"
+            f"{ref}: {ref.start or 0.0:g} to {ref.end if ref.end is not None else frames / rate:g} s"
             f" lies outside its {frames / rate:.2f} s"
         )
     return start, min(stop, frames)

@@ -3,30 +3,34 @@
 A row: `{"id": ..., "messages": [{"role": "user", "content": "<audio>What is heard?"}, {"role": "assistant", ...}],
 "audio": "a.flac", "start": 0.0, "end": 2.5, ...}`. Several sounds go in `audios`, a list of paths or of
 `{"path", "start", "end"}`. Each `<audio>` tag in a user message places one sound, in order; a row with sounds and no
-tag gets its tags at the start of the first user message. Times are seconds. Other keys are kept as labels.
+tag gets its tags at the start of the first user message. `"learn": false` in an assistant's message keeps the loss off
+it. Times are seconds. Other keys are kept as labels.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from io import FileIO
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from coatkit.data.lines import offsets, opened
 from coatkit.errors import DataError
 from coatkit.files import file_sha256
 
 AUDIO_TAG = "<audio>"
-_ROLES = ("system", "user", "assistant")
-_BLOCK = 1 << 24
+_ROLES = {role: role for role in ("system", "user", "assistant")}
+_SLICE = re.compile(r"(.+)#(\d+\+\d+)", re.DOTALL)
+_CELL = re.compile(r"(.+)#(.+\[\d+\])", re.DOTALL)
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+Fail = Callable[[str], DataError]
+"""From what is wrong to an error that names the row's place."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ class Rows(Sequence[Row]):
 
 
 class LineRows(Rows):
-    """A file with one JSON value on each line. Only the lines' offsets are held, so millions of rows cost little.
+    """A file with one JSON value on each line, or one JSON list; gzip-compressed or not.
+
+    Only the rows' offsets are held, so millions of rows cost little.
 
     Raises:
         DataError: If the file cannot be read or is empty; and, on access, if a line is wrong (names line and field).
@@ -131,8 +137,8 @@ class LineRows(Rows):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
-            self._lines, self._starts, self._stops = _line_offsets(self._file)
+            self._file = opened(path)
+            self._lines, self._starts, self._stops = offsets(path, self._file)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         if not len(self._lines):
@@ -172,23 +178,6 @@ class JsonlRows(LineRows):
         return parse_row(self.data(index), self.where(index), self.path.parent)
 
 
-def _line_offsets(file: FileIO) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Number, start and stop of every line that is not blank."""
-    found, size = [], 0
-    while block := file.read(_BLOCK):
-        found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
-        size += len(block)
-    ends = np.concatenate([*found, np.zeros(0, np.int64)])
-    starts, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [size]])
-    # Blank lines are no rows. Only short ones are looked at: no row is short.
-    keep = np.ones(len(starts), bool)
-    for i in np.flatnonzero(stops - starts < 64):
-        keep[i] = bool(os.pread(file.fileno(), int(stops[i] - starts[i]), int(starts[i])).strip())
-    if keep.all():
-        return np.arange(len(starts)), starts, stops
-    return np.flatnonzero(keep), starts[keep], stops[keep]
-
-
 def parse_row(data: Any, where: str, folder: Path) -> Row:
     """Check one row's data; paths are relative to `folder`.
 
@@ -202,42 +191,115 @@ def parse_row(data: Any, where: str, folder: Path) -> Row:
     if not isinstance(data, dict):
         raise fail(f"a row must be an object with 'messages', found {str(data)[:40]!r}")
     extra = dict(data)
-    found_id = extra.pop("id", None)
-    row_id = "" if found_id is None else str(found_id)
-    row_id = (row_id if _encodable(row_id) else ascii(row_id)) or f"line {where.rpartition(':')[2]}"
-    turns = extra.pop("messages", None)
+    row_id = extra.pop("id", None)
+    messages = read_turns(extra.pop("messages", None), fail)
+    return make_row(row_id, messages, read_sounds(extra, folder, fail), where, extra)
+
+
+def read_turns(
+    turns: Any,
+    fail: Fail,
+    *,
+    name: str = "messages",
+    keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = _ROLES,
+    learn: str = "learn",
+) -> list[Message]:
+    """Check the turns of a row.
+
+    Args:
+        name: Their key, for messages.
+        keys: Key of a turn's role and of its text.
+        roles: What the roles are called to what they are.
+        learn: Key that says whether an assistant's turn is learnt.
+    """
     if not isinstance(turns, list) or not turns:
-        raise fail("'messages' must be a non-empty list of {role, content}")
+        raise fail(f"'{name}' must be a non-empty list of {{{', '.join(keys)}}}")
     messages: list[Message] = []
     for i, turn in enumerate(turns):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in _ROLES:
-            raise fail(f"messages[{i}].role is {role!r}; expected one of {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise fail(f"messages[{i}].content must be text, found {type(content).__name__}")
-        if not _encodable(content):
-            raise fail(f"messages[{i}].content holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
-        if AUDIO_TAG in content and role != "user":
-            raise fail(f"messages[{i}]: {AUDIO_TAG} may stand in user messages only")
-        messages.append(Message(role, content))
+        role, content = (turn.get(keys[0]), turn.get(keys[1])) if isinstance(turn, dict) else (None, None)
+        if not isinstance(role, str) or role not in roles:
+            raise fail(f"{name}[{i}].{keys[0]} is {role!r}; expected one of {', '.join(roles)}")
+        content = text_of(content, f"{name}[{i}].{keys[1]}", fail)
+        if turn.get("loss") is not None and learn != "loss":
+            raise fail(f"{name}[{i}].loss is a key of ms-swift: set the source's format to ms-swift, or write 'learn'")
+        marked = turn.get(learn)
+        if marked not in (None, False, True):
+            raise fail(f"{name}[{i}].{learn} must be true or false, found {marked!r}")
+        messages.append(Message(roles[role], content, marked is None or bool(marked)))
+    return messages
+
+
+def text_of(value: Any, name: str, fail: Fail) -> str:
+    """A field that must be text, of whole characters."""
+    if not isinstance(value, str):
+        raise fail(f"{name} must be text, found {type(value).__name__}")
+    if not _encodable(value):
+        raise fail(f"{name} holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
+    return value
+
+
+def make_row(
+    row_id: Any,
+    messages: Sequence[Message],
+    audios: tuple[AudioRef, ...],
+    where: str,
+    labels: dict[str, Any],
+    *,
+    name: str = "messages",
+) -> Row:
+    """A row of turns and sounds that were read, its turns' order and its tags checked.
+
+    Raises:
+        DataError: Naming `where` and the turn.
+    """
+
+    def fail(what: str) -> DataError:
+        return DataError(f"{where}: {what}")
+
+    messages = list(messages)
+    for i, message in enumerate(messages):
+        if AUDIO_TAG in message.content and message.role != "user":
+            raise fail(f"{name}[{i}]: {AUDIO_TAG} may stand in user messages only")
     if not any(m.role == "user" for m in messages):
-        raise fail("'messages' needs a user turn")
+        raise fail(f"'{name}' needs a user turn")
     if next(m.role for m in messages if m.role != "system") != "user":
-        raise fail("'messages' must start with the user, after an optional system message")
+        raise fail(f"'{name}' must start with the user, after an optional system message")
     for i, (message, after) in enumerate(pairwise(messages)):
         if message.role == after.role:
-            raise fail(f"messages[{i}] and messages[{i + 1}] are both from the {message.role}")
-    audios = _audios(extra, folder, fail)
+            raise fail(f"{name}[{i}] and {name}[{i + 1}] are both from the {message.role}")
     tags = sum(m.content.count(AUDIO_TAG) for m in messages)
     if tags == 0 and audios:
         first = next(i for i, m in enumerate(messages) if m.role == "user")
         messages[first] = Message("user", AUDIO_TAG * len(audios) + messages[first].content)
     elif tags != len(audios):
         raise fail(f"{tags} {AUDIO_TAG} tags in the messages but {len(audios)} sounds")
-    return Row(row_id, tuple(messages), audios, where, extra)
+    given = "" if row_id is None else str(row_id)
+    given = (given if _encodable(given) else ascii(given)) or f"line {where.rpartition(':')[2]}"
+    return Row(given, tuple(messages), audios, where, labels)
 
 
-def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, ...]:
+def learning(row: Row, learn: str) -> Row:
+    """The row with the answers marked that are learnt.
+
+    Args:
+        learn: `all`, or `last` for the last assistant message alone. What a row itself leaves out stays out.
+
+    Raises:
+        DataError: If it leaves out every answer.
+    """
+    answers = [i for i, m in enumerate(row.messages) if m.role == "assistant"]
+    wanted = answers if learn == "all" else answers[-1:]
+    if answers and not any(row.messages[i].learn for i in wanted):
+        raise row.fail(f"the row keeps the loss off {'every' if learn == 'all' else 'its last'} answer")
+    if wanted == answers:
+        return row
+    messages = tuple(replace(m, learn=i in wanted) for i, m in enumerate(row.messages))
+    return replace(row, messages=messages)
+
+
+def read_sounds(extra: dict[str, Any], folder: Path, fail: Fail) -> tuple[AudioRef, ...]:
+    """Check a row's sounds, and take their keys out of `extra`."""
     one, many = extra.pop("audio", None), extra.pop("audios", None)
     start, end = extra.pop("start", None), extra.pop("end", None)
     if one is not None and many:
@@ -255,22 +317,37 @@ def _audios(extra: dict[str, Any], folder: Path, fail: Any) -> tuple[AudioRef, .
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
             raise fail(f"'{name}' must be a path, or an object with 'path'")
-        if not _encodable(entry["path"]) or "\0" in entry["path"]:
-            raise fail(f"'{name}' is no file name: {entry['path']!a:.80}")
         if unknown := [key for key in entry if key not in ("path", "start", "end")]:
             raise fail(f"'{name}' has unknown keys {', '.join(map(ascii, unknown))}; known: path, start, end")
-        times: list[float | None] = []
-        for key in ("start", "end"):
-            value = entry.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise fail(f"'{key}' of {name} must be seconds, found {value!r}")
-            if value is not None and not 0 <= value < 1e7:
-                raise fail(f"'{key}' of {name} is {value}; seconds must be finite and not negative")
-            times.append(None if value is None else float(value))
-        if times[1] is not None and times[1] <= (times[0] or 0.0):
-            raise fail(f"'end' of {name} ({times[1]} s) is not after its 'start' ({times[0] or 0.0} s)")
-        found.append(AudioRef(folder / entry["path"], times[0], times[1]))
+        found.append(sound_at(entry["path"], entry.get("start"), entry.get("end"), name, folder, fail))
     return tuple(found)
+
+
+def sound_at(path: str, start: Any, end: Any, name: str, folder: Path, fail: Fail) -> AudioRef:
+    """A stretch of a file, or of `FILE#OFFSET+LENGTH` or `TABLE#COLUMN[ROW]`.
+
+    Args:
+        start: Seconds, or None.
+        name: The field, for messages.
+        folder: What relative paths are relative to.
+    """
+    if not path or not _encodable(path) or "\0" in path:
+        raise fail(f"'{name}' is no file name: {path!a:.80}")
+    if _ADDRESS.match(path):
+        raise fail(f"'{name}' is an address, {path!a:.80}; fetch it first, coatkit reads files")
+    times: list[float | None] = []
+    for key, value in (("start", start), ("end", end)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise fail(f"'{key}' of {name} must be seconds, found {value!r}")
+        if value is not None and not 0 <= value < 1e7:
+            raise fail(f"'{key}' of {name} is {value}; seconds must be finite and not negative")
+        times.append(None if value is None else float(value))
+    if times[1] is not None and times[1] <= (times[0] or 0.0):
+        raise fail(f"'end' of {name} ({times[1]} s) is not after its 'start' ({times[0] or 0.0} s)")
+    inside = (_SLICE.fullmatch(path) or _CELL.fullmatch(path)) if "#" in path else None
+    if inside and not os.path.lexists(folder / path):  # a file may really be called so
+        return AudioRef(folder / inside[1], times[0], times[1], inside[2])
+    return AudioRef(folder / path, times[0], times[1])
 
 
 def _encodable(text: str) -> bool:

@@ -23,7 +23,7 @@ from coatkit import __version__
 from coatkit.assets import cache_dir
 from coatkit.data import audio as sound
 from coatkit.data.filters import passes
-from coatkit.data.rows import AudioRef, Row, Rows
+from coatkit.data.rows import AudioRef, Row, Rows, learning
 from coatkit.errors import DataError
 from coatkit.files import written_beside
 from coatkit.protocols import Preparer
@@ -136,6 +136,7 @@ class _Looker(Dataset[tuple[int, Scan]]):
     def _look(self, row: Row) -> tuple[int, float]:
         if row.messages[-1].role != "assistant":
             raise row.fail("the last message must be the assistant's answer")
+        learning(row, self.data.learn)  # it says so if none is left to learn
         tokens, seconds = sum(len(m.content.encode()) for m in row.messages) // 4 + _ROW_OVERHEAD, 0.0
         for ref in row.audios:
             length = _duration(row, ref)
@@ -195,7 +196,7 @@ def _judge(bad: Sequence[tuple[int, str]], data: DataSpec, path: Path) -> None:
 def _place(rows: Rows, preparer: Preparer, data: DataSpec, thinking: float, keep: FilterSpec | None) -> Path:
     """Where a look at these rows is kept: named by all it depends on but the sound files themselves."""
     heard = [[preparer.cannot_hear(s), preparer.audio_tokens(round(s * preparer.sample_rate))] for s in _PROBES]
-    means = [__version__, rows.fingerprint(), heard, data.max_seconds, thinking, keep and keep.model_dump()]
+    means = [__version__, rows.fingerprint(), heard, data.max_seconds, data.learn, thinking, keep and keep.model_dump()]
     digest = hashlib.sha256(json.dumps(means).encode()).hexdigest()
     return cache_dir() / "scans" / f"{digest[:32]}.npz"
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
-from coatkit.data.rows import Row, Rows
+from coatkit.data.rows import Row, Rows, learning
 from coatkit.errors import DataError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
 from coatkit.spec_data import DataSpec
@@ -102,8 +102,8 @@ class StepDataset(Dataset[Step]):
     def __getitem__(self, step: int) -> Step:
         out = Step(epoch=self.plan.epoch_of(step + 1))
         for part in split(self.plan.rows(step), self.rank, self.world, self.plan.batch.accumulate):
-            rows: list[Row] = [self.rows[int(self.good[i])] for i in part]
             try:
+                rows: list[Row] = [learning(self.rows[int(self.good[i])], self.data.learn) for i in part]
                 batch = self._load(rows, out)
             except DataError as error:
                 out.error = str(error)
