@@ -26,6 +26,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float | bool) else value
 
 
+def _as_values(value: Any) -> Any:
+    return [None] if value is None else _as_list(value)
+
+
 class FilterSpec(Strict):
     """Which rows are taken; a row must satisfy all of it."""
 
@@ -34,9 +38,9 @@ class FilterSpec(Strict):
     language: Annotated[list[Text], BeforeValidator(_as_list)] | None = Field(
         None, description="values the row's `language` may have"
     )
-    where: dict[Text, Annotated[list[str | int | float | bool | None], BeforeValidator(_as_list)]] = Field(
-        {}, description="key of a row to the value, or values, it may have"
-    )
+    where: dict[
+        Text, Annotated[list[str | int | float | bool | None], Field(min_length=1), BeforeValidator(_as_values)]
+    ] = Field({}, description="key of a row to the value, or values, it may have; null: it may be absent")
 
     @model_validator(mode="after")
     def _ordered(self) -> FilterSpec:
@@ -73,16 +77,26 @@ class CategorySpec(Strict):
         FilterSpec(), description="rows to take from each source, beside the source's own filter"
     )
 
+    @model_validator(mode="after")
+    def _once(self) -> CategorySpec:
+        # Twice the same pool would pass its cap unseen.
+        for i, source in enumerate(self.sources):
+            if source in self.sources[:i]:
+                raise ValueError(f"sources: {source.path} is named twice with the same filter")
+        return self
+
 
 class MixtureSpec(Strict):
     """Rows drawn from many sources by category, then shuffled (paper Appendix A)."""
 
-    rows: int = Field(ge=1, description="rows in all (paper: 1,600,000 in each stage)")
+    rows: int = Field(ge=1, le=10**9, description="rows in all (paper: 1,600,000 in each stage)")
     seed: int | None = Field(None, ge=0, lt=2**31, description="the spec's when left out")
     draw: Literal["rows", "sources"] = Field(
         "rows", description="from all rows of a category alike (paper), or the same number from each source"
     )
-    max_epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="how often a row may come at most")
+    max_epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="most rows of a category (or of a source), as passes over its pool"
+    )
     overflow: Literal["redistribute", "shrink", "refuse"] = Field(
         "redistribute", description="rows a cap leaves over go to the other categories, are left out, or are an error"
     )

@@ -12,8 +12,11 @@ _COMMANDS = {
     "train": "Train the stages of a spec, or continue a run.",
     "check": "Check a spec without loading torch.",
     "plan": "Say what a spec will cost: parameters, operations, memory, time.",
+    "mix": "Draw the mixtures of a spec, and say what was drawn.",
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",
+    "eval": "Score a run's answers to rows it was not trained on.",
+    "compare": "Compare two evaluations of the same rows.",
     "plugins": "List experts, heads and backbones, and what failed to load.",
 }
 
