@@ -147,13 +147,16 @@ def _agree(owner: str, asset: Asset, digest: str, pins: list[dict[str, Any]], re
     for pin in pins:
         if pin.get("sha256") not in (None, digest):
             said = f" as pinned in {pin['file']}" if "file" in pin else ""
-            why = f"It is damaged or has changed. {remedy}"
+            anew = f"to take the new one, delete {owner}/{asset.name} from {pin.get('file')} and fetch it again."
             if (source := pin.get("source", asset.source)) != asset.source:
-                why = f"The pin is of another source, {source}."
-            if digest == asset.sha256:  # so the file is what its manifest wants, and the pin is of another one
-                why += f" To take the new one, delete {owner}/{asset.name} from {pin['file']} and fetch it again."
+                why = f"The pin is of another source, {source}; {anew}"
+            elif "file" in pin and digest == asset.sha256:
+                why = f"The plugin itself expects another file than was pinned; {anew}"
+            else:
+                why = f"It is damaged or has changed. {remedy}"
             raise AssetError(
-                f"{owner}: {asset.name} from {asset.source} has SHA-256 {digest}, expected {pin['sha256']}{said}.\n  {why}"
+                f"{owner}: {asset.name} from {asset.source} has SHA-256 {digest}, expected {pin['sha256']}{said}.\n"
+                f"  {why}"
             )
 
 

@@ -2,81 +2,97 @@
 
 The backbone and the heads are built in their real sizes on torch's meta device, which computes shapes and nothing else,
 and torch's own counter counts the operations of forward and backward there. Only the audio tower is counted by formula
-(`Backbone.tower_flops`), because its stock forward looks at values.
+(`Backbone.tower_flops`), because its stock forward looks at values, and experts by what their manifests say.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from coatkit import build
-from coatkit.data import audio as sound
-from coatkit.data.rows import Rows
+from coatkit.assets import needed
 from coatkit.data.sources import open_data
-from coatkit.errors import DataError, PluginError
+from coatkit.errors import PluginError, foreign_code
+from coatkit.plan_costs import Curve, Memory, Network, Work, head_curve, language_curve
+from coatkit.plan_rows import Lengths, StageRows, described, different_seconds, lay_out, look_at
+from coatkit.plan_rows import RowShape as RowShape
 from coatkit.protocols import Backbone, Expert, Sketch
 from coatkit.spec import StageSpec
+from coatkit.spec_data import SourceSpec
 from coatkit.spec_file import LoadedSpec
 
-GPUS = {
-    "a100": (312e12, 80e9),
-    "h100": (989e12, 80e9),
-    "h200": (989e12, 141e9),
-    "b200": (2250e12, 180e9),
-    "l40s": (362e12, 48e9),
-    "rtx4090": (165e12, 24e9),
-    "mi300x": (1307e12, 192e9),
-}
-"""Name to bfloat16 operations per second without sparsity, and bytes of memory, from the makers' data sheets."""
-_SAMPLE = 2000
-"""Rows looked at; the mean of so many is within a few percent."""
-_PROBES = (256, 1024)
-
 
 @dataclass(frozen=True)
-class RowShape:
-    """One row, in what it costs.
+class Gpu:
+    """A GPU, from its maker's data sheet.
 
     Attributes:
-        seconds: Seconds of each sound.
-        text: Tokens of text, the answer's among them.
-        answer: Tokens of the answer.
+        half: Bfloat16 operations per second, without sparsity.
+        single: Float32 operations per second, without tensor cores: heads and experts compute in real float32.
+        memory: Bytes.
     """
 
-    seconds: tuple[float, ...]
-    text: float
-    answer: float
+    half: float
+    single: float
+    memory: float
 
 
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations, a multiply-add counted as two."""
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward
+GPUS = {
+    "a100": Gpu(312e12, 19.5e12, 80e9),
+    "h100": Gpu(989e12, 67e12, 80e9),
+    "h200": Gpu(989e12, 67e12, 141e9),
+    "b200": Gpu(2250e12, 75e12, 180e9),
+    "l40s": Gpu(362e12, 91.6e12, 48e9),
+    "rtx4090": Gpu(165e12, 82.6e12, 24e9),
+    "mi300x": Gpu(1307e12, 163.4e12, 192e9),
+}
+PARALLEL = {
+    "ddp": "the model repeated on each, gradients exchanged in buffers as large as they are",
+    "fsdp": "weights, gradients and moments spread over them; in a step two decoder layers are whole at a time,"
+    " and all other parts throughout",
+}
+"""Ways of sharing the work between devices, and what is assumed of them."""
+_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0}
+_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Bytes per parameter: nf4 has a scale of 8 bits for each block of 64; int8 one for each row, next to nothing."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its steps, what a step works on, and the operations of it by part."""
+    """One stage: its rows and steps, what a mean step works on, and the operations of it by part.
+
+    Attributes:
+        experts: Those that teach, with their loss weights.
+        rows: Rows it draws from.
+        hours: Hours of sound in these.
+        tokens_per_row: Mean tokens of a row: text, audio and thinking positions.
+        longest_row: Tokens of the longest row looked at.
+        passes: How often it goes over its rows.
+        tokens_per_step: Tokens of a mean step, without padding.
+        padded_tokens_per_step: With padding; that many are computed.
+        work: Operations of a mean step by part, padding included.
+        memory: What a device needs, by way of sharing the work (a key of `PARALLEL`).
+    """
 
     name: str
     steps: int
+    experts: dict[str, float]
+    rows: int
+    hours: float
+    tokens_per_row: float
+    longest_row: float
+    passes: float
     rows_per_step: float
     tokens_per_step: float
+    padded_tokens_per_step: float
     work: dict[str, Work]
+    memory: dict[str, Memory]
 
     @property
     def flops_per_step(self) -> float:
@@ -89,92 +105,201 @@ class Plan:
 
     Attributes:
         trainable: Parameters that learn, by part.
-        frozen: Parameters that do not, of the backbone.
-        tokens_per_row: Mean tokens of a row: text, audio and thinking positions.
-        memory: Bytes on each device by use, an estimate.
-        store: Bytes of each expert's features over the rows, float16.
-        hours: Hours of sound in the rows.
-        uncounted: Experts whose operations nothing declares.
+        frozen: Parameters of the backbone that do not, by part.
+        rows: Different rows of all stages.
+        hours: Hours of sound in these.
+        store: Bytes of each expert's features over the different sounds of the stages that it teaches in.
+        store_dtype: Type they are kept in.
+        dtype: Type the backbone computes in.
+        devices: Number of devices.
+        notes: What could not be counted, and why.
     """
 
     trainable: dict[str, int]
-    frozen: int
+    frozen: dict[str, int]
     rows: int
     hours: float
-    tokens_per_row: float
     stages: list[StagePlan]
-    memory: dict[str, float]
     store: dict[str, float]
-    uncounted: list[str]
+    store_dtype: str
+    dtype: str
+    devices: int
+    notes: list[str]
 
-    def seconds(self, flops_per_second: float, devices: int, utilisation: float) -> float:
-        """Seconds of all stages on `devices` GPUs that reach `utilisation` of their peak."""
-        total = sum(stage.flops_per_step * stage.steps for stage in self.stages)
-        return total / (flops_per_second * devices * utilisation)
+    def memory(self, parallel: str) -> tuple[StagePlan, Memory]:
+        """The stage that needs most on a device, and how much."""
+        worst = max(self.stages, key=lambda stage: stage.memory[parallel].total)
+        return worst, worst.memory[parallel]
+
+    def seconds(self, gpu: Gpu, utilisation: float) -> float:
+        """Seconds of all stages on GPUs that reach `utilisation` of their peak in each type."""
+        total = 0.0
+        for stage in self.stages:
+            for work in stage.work.values():
+                peak = gpu.single if work.exact or self.dtype == "float32" else gpu.half
+                total += stage.steps * work.total / (peak * self.devices * utilisation)
+        return total
 
     def as_data(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        return asdict(self)
+        data = asdict(self)
+        for stage, plain in zip(self.stages, data["stages"], strict=True):
+            plain["flops_per_step"] = stage.flops_per_step
+            for name, memory in stage.memory.items():
+                plain["memory"][name]["total"] = memory.total
+        return data
 
 
-def make_plan(loaded: LoadedSpec, *, devices: int = 1, shard: bool = False, row: RowShape | None = None) -> Plan:
+def make_plan(loaded: LoadedSpec, *, devices: int = 1, row: RowShape | Sequence[RowShape] | None = None) -> Plan:
     """Plan a spec.
 
     Args:
         loaded: The spec.
         devices: Processes that share the rows of a step.
-        shard: Whether weights, gradients and moments are spread over them (FSDP) or repeated (DDP).
-        row: Plan for rows like this instead of those of the data.
+        row: Plan for a row like this, as many as each stage takes, or for these rows, instead of those of the data.
 
     Raises:
-        PluginError: If the backbone cannot be planned.
+        PluginError: If a component cannot be made, or the backbone cannot be planned.
         DataError: If the rows cannot be read.
     """
     spec = loaded.spec
-    backbone, sketch = _sketch(loaded)
-    experts = {name: _expert(loaded, name, backbone) for name in spec.experts}
-    heads = {name: _head(loaded, name, backbone, experts[name]) for name in spec.experts}
-    ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
-    rate = _audio_rate(loaded)
-    language = _language_model(sketch.decoder, backbone.hidden_size)
-    curves = {name: _head_curve(head, backbone.hidden_size) for name, head in heads.items()}
-    read: dict[str, tuple[list[RowShape], int]] = {}
-    stages: list[StagePlan] = []
-    shapes: list[RowShape] = []
-    rows = 0
-    for stage in spec.stages:
-        if row:  # rows that are only described are as many as a stage takes: it passes over them once
-            found, count = [row], math.ceil(stage.steps * (stage.batch.rows or 1))
-        else:
-            data = loaded.rows_of(stage)
-            key = data.model_dump_json()
-            if key not in read:
-                read[key] = _rows(open_data(data))
-            found, count = read[key]
-        shapes, rows = found, max(rows, count)
-        stages.append(_stage(stage, found, rate, ratio, backbone, sketch, language, curves, loaded))
-    parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in heads.items()}}
-    trainable = {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
-    seconds = sum(sum(shape.seconds) for shape in shapes) / len(shapes) * rows
-    store = {
-        name: seconds * expert.frame_rate * expert.dim * 2
+    notes: list[str] = []
+    network, experts = _network(loaded, notes)
+    flops = {name: value for name in spec.experts if (value := _expert_flops(loaded, name)) is not None}
+    notes += [
+        f"expert {name}: its operations are not counted, for nothing declares them"
         for name, expert in experts.items()
-        if not expert.uses_backbone
+        if not expert.uses_backbone and name not in flops
+    ]
+    sizes = _expert_sizes(loaded, experts, notes)
+    sources: dict[str, StageRows] = {}
+    keys: list[str] = []
+    stages: list[StagePlan] = []
+    for index, stage in enumerate(spec.stages):
+        key = spec.rows_of(stage).model_dump_json()
+        if isinstance(row, RowShape):
+            found = described(row, stage.batch, stage.steps, network.lengths)
+            if key not in sources or sources[key].count < found.count:
+                sources[key] = found
+        else:
+            if key not in sources:
+                sources[key] = _look(loaded, stage) if row is None else StageRows(row, len(row))
+            found = sources[key]
+        keys.append(key)
+        stages.append(_stage(stage, found, (spec.seed, index), network, devices, flops, sizes))
+    taught = {
+        name: [sources[k] for k in dict.fromkeys(k for k, s in zip(keys, spec.stages, strict=True) if name in s.active)]
+        for name in experts
     }
-    longest = max(shapes, key=lambda shape: _tokens(shape, rate, ratio))
+    backbone, sketch = network.backbone, network.sketch
+    parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in network.heads.items()}}
+    dtype = spec.cache.dtype
     return Plan(
-        trainable=trainable,
-        frozen=sum(p.numel() for p in backbone.model.parameters() if not p.requires_grad),
-        rows=rows,
-        hours=seconds / 3600,
-        tokens_per_row=sum(_tokens(shape, rate, ratio) for shape in shapes) / len(shapes),
+        trainable={part: sum(p.numel() for p in parameters) for part, parameters in parts.items()},
+        frozen=dict(sketch.frozen)
+        or {"backbone": sum(p.numel() for p in backbone.model.parameters() if not p.requires_grad)},
+        rows=sum(rows.count for rows in sources.values()),
+        hours=sum(rows.seconds for rows in sources.values()) / 3600,
         stages=stages,
-        memory=_memory(
-            backbone, sketch, language, heads, loaded, _tokens(longest, rate, ratio), longest.answer, devices, shard
-        ),
-        store=store,
-        uncounted=[n for n, e in experts.items() if not e.uses_backbone and _expert_flops(loaded, n) is None],
+        store={
+            name: different_seconds(taught[name]) * expert.frame_rate * (expert.dim * _BYTES[dtype] + scale)
+            for scale in [4.0 if dtype == "int8" else 0.0]
+            for name, expert in experts.items()
+            if not expert.uses_backbone
+        },
+        store_dtype=dtype,
+        dtype=str(sketch.dtype).removeprefix("torch."),
+        devices=devices,
+        notes=notes,
     )
+
+
+def _look(loaded: LoadedSpec, stage: StageSpec) -> StageRows:
+    data, limits = loaded.rows_of(stage), loaded.spec.data
+    rows = open_data(data, on_bad_row=limits.on_bad_row, max_bad_rows=limits.max_bad_rows)
+    keep = data.filter if isinstance(data, SourceSpec) else None  # a mixture's rows have been through theirs
+    return look_at(rows, limits.max_seconds, keep)
+
+
+def _stage(
+    stage: StageSpec,
+    rows: StageRows,
+    seed: tuple[int, ...],
+    network: Network,
+    devices: int,
+    flops: dict[str, float],
+    sizes: dict[str, float],
+) -> StagePlan:
+    layout = lay_out(rows, stage.batch, seed, devices, network.lengths)
+    tokens = [network.lengths.tokens(shape) for shape in rows.shapes]
+    rows_per_step = layout.mean([len(part.rows) for part in layout.parts])
+    experts = sum(sizes.get(name, 0.0) for name in stage.active)
+    return StagePlan(
+        name=stage.name,
+        steps=stage.steps,
+        experts={name: stage.weights[name] for name in stage.active},
+        rows=rows.count,
+        hours=rows.seconds / 3600,
+        tokens_per_row=sum(tokens) / len(tokens),
+        longest_row=max(tokens),
+        passes=stage.steps * rows_per_step / rows.count,
+        rows_per_step=rows_per_step,
+        tokens_per_step=layout.mean([network.lengths.tokens(shape) for part in layout.parts for shape in part.rows]),
+        padded_tokens_per_step=layout.mean([part.positions for part in layout.parts]),
+        work=network.work(stage.active, layout, flops),
+        memory={
+            name: network.memory(stage.active, layout, experts, devices, shards=name == "fsdp")
+            for name in (PARALLEL if devices > 1 else ("ddp",))
+        },
+    )
+
+
+def _network(loaded: LoadedSpec, notes: list[str]) -> tuple[Network, dict[str, Expert]]:
+    """The backbone and the heads, counted, and the experts whose rate and width are known before they are loaded."""
+    spec = loaded.spec
+    backbone, sketch = _sketch(loaded)
+    language = language_curve(sketch, backbone.hidden_size)
+    experts: dict[str, Expert] = {}
+    heads: dict[str, nn.Module] = {}
+    curves: dict[str, Curve] = {}
+    for name in spec.experts:
+        expert = _expert(loaded, name, backbone)
+        unknown = [what for what in ("dim", "frame_rate") if not _positive(getattr(expert, what, None))]
+        if unknown:
+            words = {"dim": "width", "frame_rate": "frame rate"}
+            said = " and ".join(words[what] for what in unknown)
+            notes.append(
+                f"expert {name}: neither it, nor its head, nor its features are counted: its {said} is known only after"
+                f" loading. Set {' and '.join(unknown)} in the class, in __init__ or in bind() to have it planned"
+            )
+            continue
+        experts[name], heads[name] = expert, _head(loaded, name, backbone, expert)
+        try:
+            with foreign_code(lambda error: f"{type(error).__name__}: {error}"):
+                curves[name] = head_curve(heads[name], backbone.hidden_size, language.learns)
+        except PluginError as error:
+            use = loaded.chosen[f"heads.{name}"].component.use
+            notes.append(
+                f"head {name} ({use}): its operations and activations are not counted; on torch's meta device, which"
+                f" has shapes and no values, it raised {error}"
+            )
+    options = loaded.chosen["backbone"].options
+    ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
+    network = Network(
+        backbone=backbone,
+        sketch=sketch,
+        language=language,
+        heads=heads,
+        curves=curves,
+        lengths=Lengths(backbone.preparer.frame_rate, ratio),
+        checkpointing=bool(options.get("gradient_checkpointing")),
+        quantized=_QUANTIZED.get(str(options.get("quantize"))),
+    )
+    return network, experts
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def _sketch(loaded: LoadedSpec) -> tuple[Backbone, Sketch]:
@@ -185,7 +310,7 @@ def _sketch(loaded: LoadedSpec) -> tuple[Backbone, Sketch]:
 
 
 def _expert(loaded: LoadedSpec, name: str, backbone: Backbone) -> Expert:
-    """An expert that is made but not loaded: its rate and width are known by then."""
+    """An expert that is made but not loaded: its rate and width are known by then, as a rule."""
     chosen = loaded.chosen[f"experts.{name}"]
     expert: Expert = build.construct(chosen.component, **chosen.options)
     with build.loading(chosen.component):
@@ -195,140 +320,15 @@ def _expert(loaded: LoadedSpec, name: str, backbone: Backbone) -> Expert:
 
 def _head(loaded: LoadedSpec, name: str, backbone: Backbone, expert: Expert) -> nn.Module:
     chosen = loaded.chosen[f"heads.{name}"]
-    with torch.device("meta"):
+
+    def made() -> nn.Module:
         return build.load_head(chosen.component, chosen.options, backbone.hidden_size, expert.dim, 0, name)
 
-
-def _audio_rate(loaded: LoadedSpec) -> float:
-    manifest = loaded.chosen["backbone"].component.manifest
-    if manifest is None or manifest.frame_rate is None:
-        raise PluginError("the backbone's manifest gives no frame_rate, so rows cannot be planned")
-    return manifest.frame_rate
-
-
-def _rows(manifest: Rows) -> tuple[list[RowShape], int]:
-    """Shapes of rows spread evenly over a manifest, and how many rows that has; bad rows are passed over."""
-    shapes = []
-    for i in range(0, len(manifest), max(1, len(manifest) // _SAMPLE)):
-        try:
-            row = manifest[i]
-            seconds = tuple(sound.duration(ref) for ref in row.audios)
-        except DataError:
-            continue
-        text = sum(len(message.content.encode()) for message in row.messages) / 4 + 24
-        answer = sum(len(message.content.encode()) for message in row.messages if message.role == "assistant") / 4 + 1
-        shapes.append(RowShape(seconds, text, answer))
-    if not shapes:
-        raise DataError(f"{manifest.path}: no row can be read")
-    return shapes, len(manifest)
-
-
-def _tokens(shape: RowShape, rate: float, ratio: float) -> float:
-    return shape.text + sum(rate * s * (1 + ratio) for s in shape.seconds) + (2 * len(shape.seconds) if ratio else 0)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """Operations over n positions, a n + b n^2 each way, and bytes per position that are kept for the way back."""
-
-    forward: tuple[float, float]
-    backward: tuple[float, float]
-    kept: float
-
-    def work(self, positions: float) -> Work:
-        return Work(*(a * positions + b * positions**2 for a, b in (self.forward, self.backward)))
-
-
-def _curve(run: Callable[[int], Tensor]) -> _Curve:
-    """Count a network at two lengths: its operations are a quadratic without a constant."""
-    counts = []
-    for positions in _PROBES:
-        with FlopCounterMode(display=False) as counter, _keeping(positions) as kept:
-            result = run(positions)
-            forward = counter.get_total_flops()
-            if result.requires_grad:
-                result.sum().backward()  # type: ignore[no-untyped-call]
-            counts.append((forward, counter.get_total_flops() - forward, kept[0]))
-    (t, u), (one, two) = _PROBES, counts
-    squares = [(two[i] / u - one[i] / t) / (u - t) for i in (0, 1)]
-    forward, backward = ((one[i] / t - squares[i] * t, squares[i]) for i in (0, 1))
-    return _Curve(forward, backward, two[2] / u)
-
-
-@contextmanager
-def _keeping(positions: int) -> Iterator[list[float]]:
-    """Bytes that autograd keeps, but for weights and attention maps, which fused attention does not keep."""
-    total = [0.0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        attention = tensor.ndim >= 3 and tuple(tensor.shape[-2:]) == (positions, positions)
-        if not isinstance(base, nn.Parameter) and not attention:
-            total[0] += tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
-
-
-def _language_model(decoder: nn.Module, width: int) -> _Curve:
-    dtype = next(decoder.parameters()).dtype
-
-    def run(tokens: int) -> Tensor:
-        embeds = torch.zeros(1, tokens, width, device="meta", dtype=dtype, requires_grad=True)
-        # Given whole, the mask is used as it is; else transformers looks at values to make one.
-        mask = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=dtype)
-        hidden: Tensor = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden
-
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return _curve(run)
-
-
-def _head_curve(head: nn.Module, width: int) -> _Curve:
-    def run(positions: int) -> Tensor:
-        states = torch.zeros(1, positions, width, device="meta", requires_grad=True)
-        made: Tensor = head(states, torch.ones(1, positions, dtype=torch.bool, device="meta"))
-        return made
-
-    return _curve(run)
-
-
-def _stage(
-    stage: StageSpec,
-    shapes: Sequence[RowShape],
-    rate: float,
-    ratio: float,
-    backbone: Backbone,
-    sketch: Sketch,
-    language: _Curve,
-    curves: dict[str, _Curve],
-    loaded: LoadedSpec,
-) -> StagePlan:
-    """Mean work of a row times the rows of a step."""
-    tokens = [_tokens(shape, rate, ratio) for shape in shapes]
-    mean = sum(tokens) / len(tokens)
-    if stage.batch.rows is not None:
-        rows = float(stage.batch.rows)
-    else:
-        rows = float(stage.batch.tokens or 1) / mean
-    scale = rows / len(shapes)
-
-    def add(works: Sequence[Work]) -> Work:
-        return Work(scale * sum(w.forward for w in works), scale * sum(w.backward for w in works))
-
-    work = {"language model": add([language.work(t) for t in tokens])}
-    answers = [2.0 * backbone.hidden_size * sketch.vocabulary * shape.answer for shape in shapes]
-    work["output logits"] = add([Work(a, a) for a in answers])
-    heard = [s for shape in shapes for s in shape.seconds]
-    tower = [sketch.tower_flops(s) for s in heard]
-    work["audio tower"] = add([Work(t, 2 * t if sketch.tower_learns else 0.0) for t in tower])
-    for name in stage.active:
-        work[f"head {name}"] = add([curves[name].work(rate * ratio * s) for s in heard])
-        declared = _expert_flops(loaded, name)
-        if declared is not None:
-            work[f"expert {name}"] = add([Work(declared * s, 0.0) for s in heard])
-    return StagePlan(stage.name, stage.steps, rows, rows * mean, work)
+    try:
+        with torch.device("meta"):
+            return made()
+    except PluginError:  # perhaps it looks at values while it is made, which is its right
+        return made().to("meta")
 
 
 def _expert_flops(loaded: LoadedSpec, name: str) -> float | None:
@@ -337,41 +337,17 @@ def _expert_flops(loaded: LoadedSpec, name: str) -> float | None:
     return None if manifest is None else manifest.flops_per_second
 
 
-def _memory(
-    backbone: Backbone,
-    sketch: Sketch,
-    language: _Curve,
-    heads: dict[str, nn.Module],
-    loaded: LoadedSpec,
-    tokens: float,
-    answer: float,
-    devices: int,
-    shard: bool,
-) -> dict[str, float]:
-    """Bytes on one device for its part of a step of the longest rows, `tokens` each of which `answer` are learnt.
-
-    An estimate: the allocator's slack and the libraries' workspaces come on top.
-    """
-
-    def size(parameters: Iterable[nn.Parameter]) -> float:
-        return float(sum(p.numel() * p.element_size() for p in parameters))
-
-    parameters = [*backbone.model.parameters(), *(p for head in heads.values() for p in head.parameters())]
-    learning = sum(p.numel() for p in parameters if p.requires_grad)
-    spread = devices if shard else 1
-    units = [size(unit.parameters()) for unit in backbone.units()]
-    # What is in no unit is whole while a step lasts; of the units, one is used while the next is gathered.
-    whole = size(parameters) - sum(units) + 2 * max(units, default=0.0) if shard else 0.0
-    rows = max(1.0, max((s.batch.rows or 1) / s.batch.accumulate for s in loaded.spec.stages) / devices)
-    kept = language.kept * tokens * rows
-    if loaded.chosen["backbone"].options.get("gradient_checkpointing"):
-        layers = max(1, len(units))
-        dtype = next(backbone.model.parameters()).element_size()
-        kept = kept / layers + layers * backbone.hidden_size * dtype * tokens * rows
-    return {
-        "weights": size(parameters) / spread + whole,
-        "gradients": 4.0 * learning / spread,
-        "optimizer": 8.0 * learning / spread,
-        "activations": kept,
-        "logits": 3 * 4.0 * sketch.vocabulary * answer * rows,
-    }
+def _expert_sizes(loaded: LoadedSpec, experts: dict[str, Expert], notes: list[str]) -> dict[str, float]:
+    """Bytes of the experts' weight files; those of unknown size are noted."""
+    sizes: dict[str, float] = {}
+    unknown = []
+    for name in loaded.spec.experts:
+        chosen = loaded.chosen[f"experts.{name}"]
+        manifest = chosen.component.manifest
+        found = [asset.size for _, asset in needed(manifest, chosen.component.options_model(), chosen.options)]
+        if manifest is None or None in found:
+            unknown.append(name)
+        sizes[name] = float(sum(size for size in found if size is not None))
+    if unknown:
+        notes.append(f"experts {', '.join(unknown)}: memory of their weights is not counted, for its size is not known")
+    return sizes

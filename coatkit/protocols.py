@@ -309,13 +309,26 @@ class Sketch:
             `attention_mask` [1, 1, T, T] and gives `last_hidden_state`.
         vocabulary: Rows of the output matrix.
         tower_flops: From seconds of one sound to floating-point operations of audio tower and projector, forward.
-        tower_learns: Whether the tower is trained, so that it has a backward pass.
+        tower_backward: The same for the way back: 0 where neither of them learns.
+        dtype: Type that the model computes in.
+        input_learns: Whether anything that makes the decoder's input learns.
+        output_learns: Whether the output matrix learns.
+        tower_window: Seconds of the windows that the tower cuts sounds into, each padded to the longest of a batch;
+            None where it pads nothing.
+        tower_kept: Bytes that are kept for the way back per second of sound; 0 where the tower does not learn.
+        frozen: Parameters that do not learn, by part.
     """
 
     decoder: nn.Module
     vocabulary: int
     tower_flops: Callable[[float], float]
-    tower_learns: bool
+    tower_backward: Callable[[float], float]
+    dtype: torch.dtype = torch.float32
+    input_learns: bool = True
+    output_learns: bool = False
+    tower_window: float | None = None
+    tower_kept: float = 0.0
+    frozen: Mapping[str, int] = field(default_factory=dict)
 
 
 class Backbone(ABC):

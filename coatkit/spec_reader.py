@@ -77,27 +77,33 @@ class SpecReader:
             raise SpecError([f"{self.path}: not valid YAML: {error}"]) from None
         if not isinstance(data, dict):
             raise SpecError([f"{self.path}: expected keys (name, backbone, data, stages, ...), found {data!r:.60}"])
-        return data
+        found: dict[str, Any] = _unshared(data)
+        return found
 
     def _extend(self, data: dict[str, Any]) -> dict[str, Any]:
         """Put the file's keys over those of the spec it extends; see docs/spec.md for the rules."""
         named = data.pop("extends")
         if not isinstance(named, str):
             raise SpecError([self.say(("extends",), f"expected the path of another spec, found {named!r:.60}")])
-        below = Path(os.path.normpath(self.path.parent / os.path.expanduser(named)))
-        chain = (*self._above, self.path.resolve())
+        # Beside the file as it was named; where that is a link and nothing is there, beside the file it leads to.
+        real = self.path.resolve()
+        places = [Path(os.path.normpath(p / os.path.expanduser(named))) for p in (self.path.parent, real.parent)]
+        chain = (*self._above, real)
         try:
-            found, ring = below.is_file(), below.resolve() in chain
+            below = next((place for place in places if place.is_file()), None)
+            ring = below is not None and below.resolve() in chain
         except (OSError, ValueError):  # a name the file system cannot hold
-            found, ring = False, False
+            below, ring = None, False
         if ring:
             raise SpecError([self.say(("extends",), f"{below} extends this spec in turn")])
-        if not found:
-            raise SpecError([self.say(("extends",), f"there is no file {below}")])
+        if below is None:
+            real_one = f", nor, where this link leads, {places[1]}" if places[1] != places[0].absolute() else ""
+            raise SpecError([self.say(("extends",), f"there is no file {places[0]}{real_one}")])
         if "output" not in data:
             raise SpecError([self.say(("extends",), "a spec that extends another needs an output of its own")])
         base = SpecReader(below, chain)
-        under = _moved(base.read(), os.path.relpath(below.parent, self.path.parent))
+        # A spec's paths start from the folder its file is really in, through whatever links it was named.
+        under = _moved(base.read(), os.path.relpath(below.resolve().parent, real.parent))
         lines = {path: place for path, place in self.lines.items() if path[0:1] != ("extends",)}
         if isinstance(data.get("stages"), dict) and isinstance(under.get("stages"), list):
             changes, names = data.pop("stages"), [_name_of(stage) for stage in under["stages"]]
@@ -149,6 +155,7 @@ class SpecReader:
             raise SpecError([f"--set {text}: {value!r:.80} is not valid YAML"]) from None
         if not plain:
             raise SpecError([f"--set {text}: {_NOT_PLAIN}"])
+        parsed = _unshared(parsed)
         path: Path_ = ()
         for key in keys:
             step: str | int = key
@@ -257,12 +264,14 @@ def _moved(data: dict[str, Any], folder: str) -> dict[str, Any]:
     def from_here(text: str) -> str:
         return text if text.startswith(("/", "~")) else os.path.normpath(os.path.join(folder, text))
 
-    def options(value: Any) -> Any:
-        """Files of user's classes and weights begin with a dot, which is how they are told from names."""
+    def options(value: Any, of: str = "") -> Any:
+        """Weights begin with a dot, which is how they are told from names; a file with a class may do without."""
         if isinstance(value, dict):
-            return {key: options(inner) for key, inner in value.items()}
-        if isinstance(value, str) and value.startswith(("./", "../")):
-            return os.path.join(".", from_here(value))
+            return {key: options(inner, key) for key, inner in value.items()}
+        if isinstance(value, str):
+            dotted, of_class = value.startswith(("./", "../")), value.rpartition(":")[0].endswith(".py")
+            if (dotted or (of == "use" and of_class)) and (moved := from_here(value)) != value:
+                return os.path.join(".", moved)
         return value
 
     moved: dict[str, Any] = dict(data)
@@ -294,6 +303,13 @@ def _move_sources(entry: dict[str, Any], moved: Callable[[str], str]) -> None:
     for category in categories.values() if isinstance(categories, dict) else ():
         if isinstance(category, dict) and isinstance(category.get("sources"), list):
             category["sources"] = [source(value) for value in category["sources"]]
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which every place has a value of its own: those that share a YAML anchor share it no longer."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _name_of(stage: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from coatkit.errors import AssetError
 def read_weights(owner: str, path: Path) -> Any:
     """What a weights file holds, on the CPU: tensors by name for `.safetensors`; for a torch file whatever its top is.
 
+    Where its format allows, the file is mapped into memory, and read where a tensor is used: an optimizer's state
+    beside the weights costs nothing. So copy what is kept, as `fill_weights` does. What is changed is not written back.
+
     Args:
         owner: The component's name, for messages.
         path: `.safetensors`, or a file of `torch.save`, read with `weights_only`.
@@ -28,10 +32,22 @@ def read_weights(owner: str, path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except Exception as error:  # a damaged file makes torch raise nearly anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise AssetError(f"{owner}: {path} cannot be read as weights: {reason[0]}") from error
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a torch file is of the zip format, and not compressed: torch would map the compressed bytes."""
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":  # of the older format
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:  # a damaged archive makes zipfile raise nearly anything; let torch say what is wrong with it
+        return False
 
 
 def fill_weights(owner: str, path: Path, module: nn.Module, tensors: Mapping[str, Any]) -> None:

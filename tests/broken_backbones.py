@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from coatkit_backbone_mini.backbone import MiniBackbone, MiniPreparer
+from coatkit_backbone_mini.loading import load_processor
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from coatkit import AssetError, Backbone, Inputs
 from coatkit.backbones import whisper
 from coatkit.data.rows import Message, Row
-from coatkit.protocols import BackboneAudio
+from coatkit.protocols import BackboneAudio, Sketch
 from coatkit.spec import ThinkingSpec
 from coatkit.thinking import IGNORE, TOKENS, gather
 
@@ -124,6 +126,81 @@ class PreparerWithModel(Good):
         model, preparer = super().build(dtype)
         preparer.model = model
         return model, preparer
+
+
+class SketchOfAnotherSize(Good):
+    def plan_config(self) -> Any:
+        config = super().plan_config()
+        config.text_config.num_hidden_layers += 1
+        config.text_config.layer_types = None
+        return config
+
+
+class SketchWithoutAPart(Good):
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        found = super().parts()
+        if self.stock.device.type == "meta":
+            del found["lora"]
+        return found
+
+
+class SketchThatFreezesNothing(Good):
+    def sketch(self) -> Sketch:
+        return replace(super().sketch(), frozen={"lm": 1})
+
+
+class SketchWithValues(Good):
+    def sketch(self) -> Sketch:
+        made = super().sketch()
+        self.load(torch.device("cpu"))
+        return made
+
+
+class CannotSketch(Good):
+    def plan_config(self) -> Any:
+        return self.gone
+
+
+class SketchesADict(Good):
+    def sketch(self) -> Any:
+        return vars(super().sketch())
+
+
+class CostsTheSameForever(Good):
+    def tower_flops(self, seconds: float) -> float:
+        return 1e9
+
+
+class LearnsBackwards(Good):
+    def tower_backward(self, seconds: float) -> float:
+        return 1e9 / seconds
+
+
+# The model folder
+
+
+class IgnoresTheFolder(Good):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "weights": "random"})
+
+
+class TakesWhatFits(Good):
+    """As `from_pretrained` does, whose report nobody reads."""
+
+    def build(self, dtype: torch.dtype) -> Any:
+        if self.options.weights == "random":
+            return super().build(dtype)
+        model = self.model_class.from_pretrained(self.options.weights, dtype=dtype, ignore_mismatched_sizes=True)
+        whisper.allow_short_windows(model.model.audio_tower)
+        return model, MiniPreparer(*load_processor(Path(self.options.weights)), self.thinking)
+
+
+class SaysNothingOfTheFolder(Good):
+    def build(self, dtype: torch.dtype) -> Any:
+        try:
+            return super().build(dtype)
+        except AssetError:
+            raise AssetError("the weights are damaged") from None
 
 
 # Preparing

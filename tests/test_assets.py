@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import http.server
+import importlib
 import io
 import json
 import subprocess
@@ -12,14 +13,18 @@ import types
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from click.testing import CliRunner
 
-from coatkit import assets
+from coatkit import assets, download
+from coatkit.cli import cli
 from coatkit.errors import AssetError
-from coatkit.manifest import Asset
+from coatkit.manifest import Asset, Manifest
+from coatkit.plugins import registry
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -55,6 +60,11 @@ class Answer(io.BytesIO):
         self.url, self.status, self.headers = url, status, headers or {}
 
 
+def answering(monkeypatch: pytest.MonkeyPatch, server: Callable[[urllib.request.Request, float], Any]) -> None:
+    """Let a function answer in place of the network."""
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", staticmethod(server))
+
+
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, url: str = WEB.source) -> list[Any]:
     asked: list[Any] = []
 
@@ -62,15 +72,18 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, url: str = WEB.source
         asked.append((request, timeout))
         return Answer(content, url)
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    answering(monkeypatch, urlopen)
     return asked
 
 
 class Server:
     """A file server that knows ranges and drops the connection after some bytes, once for each number given."""
 
-    def __init__(self, content: bytes, *drops: int, etag: str = '"one"', ranges: bool = True) -> None:
+    def __init__(
+        self, content: bytes, *drops: int, etag: str = '"one"', ranges: bool = True, says_length: bool = True
+    ) -> None:
         self.content, self.drops, self.etag, self.ranges = content, list(drops), etag, ranges
+        self.says_length = says_length
         self.asked: list[str | None] = []
 
     def __call__(self, request: urllib.request.Request, timeout: float) -> Answer:
@@ -78,11 +91,13 @@ class Server:
         self.asked.append(wanted)
         if self.ranges and wanted and request.get_header("If-range") == self.etag:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start > len(self.content):
-                raise urllib.error.HTTPError(WEB.source, 416, "Range Not Satisfiable", http.client.HTTPMessage(), None)
+            if start >= len(self.content):
+                headers = http.client.HTTPMessage()
+                headers["Content-Range"] = f"bytes */{len(self.content)}"
+                raise urllib.error.HTTPError(WEB.source, 416, "Range Not Satisfiable", headers, None)
         body = self.content[start:]
         sent = body[: self.drops.pop(0)] if self.drops else body
-        headers = {"Content-Length": str(len(body)), "ETag": self.etag}
+        headers = {"ETag": self.etag, **({"Content-Length": str(len(body))} if self.says_length else {})}
         return Answer(sent, WEB.source, 206 if start else 200, headers)
 
 
@@ -143,20 +158,13 @@ def test_a_wrong_digest_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cached: 
     assert assets.fetch("mini", WEB) == DIGEST
 
 
-def test_a_redirect_away_from_https_is_refused(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    serve(monkeypatch, CONTENT, url="http://example.org/w.bin")
-    with pytest.raises(AssetError, match=r"redirects to http://example.org/w.bin, which is not HTTPS"):
-        assets.fetch("mini", WEB)
-    assert left_in(cached) == []
-
-
 @pytest.mark.parametrize("error", [OSError("no route to host"), http.client.IncompleteRead(b"half")])
 def test_a_failing_download_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path, error: Exception) -> None:
     class Failing(Answer):
         def read(self, size: int | None = -1) -> bytes:
             raise error
 
-    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: Failing(CONTENT))
+    answering(monkeypatch, lambda request, timeout: Failing(CONTENT))
     with pytest.raises(AssetError, match=r"mini: could not download https://example.org/w.bin: "):
         assets.fetch("mini", WEB)
     assert left_in(cached) == []
@@ -164,19 +172,19 @@ def test_a_failing_download_is_told(monkeypatch: pytest.MonkeyPatch, cached: Pat
 
 def test_a_dropped_connection_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
     server = Server(CONTENT, 1000, 2000)
-    monkeypatch.setattr(urllib.request, "urlopen", server)
+    answering(monkeypatch, server)
     assert assets.fetch("mini", WEB) == DIGEST
     assert server.asked == [None, "bytes=1000-", "bytes=3000-"]
 
 
 def test_a_later_fetch_goes_on_too(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 1000, 1000, 1000))
+    answering(monkeypatch, Server(CONTENT, 1000, 1000, 1000))
     with pytest.raises(AssetError, match=r"ended early\n.*MB have arrived and are kept; fetch it again to go on"):
         assets.fetch("mini", WEB)
     assert left_in(cached) == []
     assert not assets.present("mini", WEB)
     server = Server(CONTENT)
-    monkeypatch.setattr(urllib.request, "urlopen", server)
+    answering(monkeypatch, server)
     assert assets.fetch("mini", WEB) == DIGEST
     assert server.asked == ["bytes=3000-"]
     assert parts_in(cached) == []
@@ -186,41 +194,75 @@ def test_a_later_fetch_goes_on_too(monkeypatch: pytest.MonkeyPatch, cached: Path
 def test_a_file_that_changed_or_cannot_go_on_starts_anew(
     monkeypatch: pytest.MonkeyPatch, cached: Path, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", Server(b"older" * 2000, 1000, 1000, 1000))
+    answering(monkeypatch, Server(b"older" * 2000, 1000, 1000, 1000))
     with pytest.raises(AssetError):
         assets.fetch("mini", WEB)
-    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 500, **change))
+    answering(monkeypatch, Server(CONTENT, 500, **change))
     assert assets.fetch("mini", WEB) == DIGEST
     assert (cached / "assets/mini/w.bin").read_bytes() == CONTENT
 
 
 def test_a_part_longer_than_the_file_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT * 9, 20_000, 20_000, 10))
+    answering(monkeypatch, Server(CONTENT * 9, 20_000, 20_000, 10))
     with pytest.raises(AssetError):
         assets.fetch("mini", WEB)
     server = Server(CONTENT)
-    monkeypatch.setattr(urllib.request, "urlopen", server)
+    answering(monkeypatch, server)
     assert assets.fetch("mini", WEB) == DIGEST
     assert server.asked == ["bytes=40010-", None]
 
 
+@pytest.mark.parametrize("says_length", [True, False])
+def test_a_whole_part_is_checked_and_placed(monkeypatch: pytest.MonkeyPatch, cached: Path, says_length: bool) -> None:
+    """The process ends after the last byte has arrived, before the file has its name."""
+
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    answering(monkeypatch, Server(CONTENT, says_length=says_length))
+    with monkeypatch.context() as ending:
+        ending.setattr(assets, "sha256", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch("mini", WEB)
+    part = parts_in(cached)[0] / "part"
+    assert part.read_bytes() == CONTENT
+    server = Server(CONTENT, says_length=says_length)
+    answering(monkeypatch, server)
+    assert assets.fetch("mini", WEB) == DIGEST
+    assert server.asked == ([] if says_length else ["bytes=7000-"])  # where the length is known, nobody is asked
+    assert parts_in(cached) == []
+
+
+def test_a_whole_part_of_another_digest_is_not_placed(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    answering(monkeypatch, Server(CONTENT, 1000, 1000, 1000))
+    with pytest.raises(AssetError, match="are kept"):
+        assets.fetch("mini", WEB)
+    part = parts_in(cached)[0] / "part"
+    part.write_bytes(b"x" * len(CONTENT))
+    with pytest.raises(AssetError, match=f"expected {DIGEST}"):
+        assets.fetch("mini", WEB)
+    assert left_in(cached) == []
+    answering(monkeypatch, Server(CONTENT))
+    assert assets.fetch("mini", WEB) == DIGEST
+
+
 def test_a_note_that_a_crash_cut_off_starts_anew(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", Server(CONTENT, 1000, 1000, 1000))
+    answering(monkeypatch, Server(CONTENT, 1000, 1000, 1000))
     with pytest.raises(AssetError):
         assets.fetch("mini", WEB)
     (parts_in(cached)[0] / "part.json").write_text("")
     server = Server(CONTENT)
-    monkeypatch.setattr(urllib.request, "urlopen", server)
+    answering(monkeypatch, server)
     assert assets.fetch("mini", WEB) == DIGEST
     assert server.asked == [None]
 
 
 def test_a_part_of_another_source_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", Server(b"older" * 2000, 1000, 1000, 1000))
+    answering(monkeypatch, Server(b"older" * 2000, 1000, 1000, 1000))
     with pytest.raises(AssetError):
         assets.fetch("mini", Asset("w.bin", "https://example.org/older.bin"))
     server = Server(CONTENT)
-    monkeypatch.setattr(urllib.request, "urlopen", server)
+    answering(monkeypatch, server)
     assert assets.fetch("mini", WEB) == DIGEST
     assert server.asked == [None]
 
@@ -258,6 +300,50 @@ def test_a_lock_file_travels_to_another_machine(monkeypatch: pytest.MonkeyPatch,
     serve(monkeypatch, CONTENT + b"more")
     with pytest.raises(AssetError, match=r"as pinned in .*coatkit\.lock"):
         assets.fetch("mini", UNKNOWN, lock=lock)
+
+
+MOVED = "https://example.org/moved.bin"
+
+
+@pytest.mark.parametrize("digest", [None, hashlib.sha256(b"new").hexdigest()])
+@pytest.mark.parametrize("cached_before", [False, True])
+def test_a_source_that_changed_does_not_replace_the_pin_of_a_lock_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digest: str | None, cached_before: bool
+) -> None:
+    serve(monkeypatch, CONTENT)
+    lock = tmp_path / "coatkit.lock"
+    assets.fetch("mini", UNKNOWN, lock=lock)
+    kept = lock.read_text()
+    moved = Asset("w.bin", MOVED, sha256=digest)
+    asked = serve(monkeypatch, b"new")
+    if cached_before:
+        assets.fetch("mini", moved)
+    with pytest.raises(AssetError) as caught:
+        assets.fetch("mini", moved, lock=lock)
+    for said in (hashlib.sha256(b"new").hexdigest(), f"expected {DIGEST} as pinned in {lock}", WEB.source, MOVED):
+        assert said in str(caught.value)
+    assert f"delete mini/w.bin from {lock} and fetch it again" in str(caught.value)
+    assert lock.read_text() == kept
+    assert len(asked) == (1 if cached_before or digest is None else 0)  # a digest that is known costs no download
+    lock.write_text('{"version": 1, "assets": {}}')
+    assets.fetch("mini", moved, lock=lock)
+    assert json.loads(lock.read_text())["assets"]["mini/w.bin"]["source"] == MOVED
+
+
+def test_the_same_file_from_another_source_keeps_its_pin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve(monkeypatch, CONTENT)
+    lock = tmp_path / "coatkit.lock"
+    assets.fetch("mini", UNKNOWN, lock=lock)
+    assert assets.fetch("mini", Asset("w.bin", MOVED), lock=lock) == DIGEST
+    entry = json.loads(lock.read_text())["assets"]["mini/w.bin"]
+    assert (entry["source"], entry["sha256"]) == (MOVED, DIGEST)
+
+
+def test_a_plugin_that_changes_its_digest_says_which_pin_to_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, CONTENT)
+    assets.fetch("mini", UNKNOWN)
+    with pytest.raises(AssetError, match=r"(?s)expects another file than was pinned; .*delete mini/w.bin from .*lock"):
+        assets.fetch("mini", Asset("w.bin", WEB.source, sha256="0" * 64))
 
 
 def test_a_damaged_file_in_the_cache_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
@@ -312,6 +398,49 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(monkeypatch: pytest.
     monkeypatch.setenv("COATKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(AssetError, match=r"(?s)cannot be written to the cache .*COATKIT_CACHE=FOLDER"):
         assets.fetch("mini", WEB)
+
+
+# Names, which are paths in the cache
+
+
+BAD_NAMES = ["", "/etc/passwd", "../w.bin", "a/b", "..", ".hidden", "a\\b", "C:w", "w\0.bin", "w\n.bin", "\ud800"]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, None, 3])
+def test_a_name_that_is_no_file_name_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"^asset .*: .*its name"):
+        Asset(name, WEB.source)
+    with pytest.raises(ValueError, match=r"^manifest .*: .*its name"):  # the folder of its assets
+        Manifest("expert", name, "a:B")
+
+
+@pytest.mark.parametrize("name", ["w.bin", "smollm2-wheel", "qwen2.5-omni-7b", "Cnn14_mAP=0.431.pth", "two words", "é"])
+def test_a_file_name_is_a_name(name: str) -> None:
+    assert Manifest("expert", name, "a:B", assets=(Asset(name, WEB.source),)).assets[0].name == name
+
+
+def test_a_plugin_with_such_a_name_is_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, info = tmp_path / "coatkit_expert_sly.py", tmp_path / "coatkit_expert_sly-1.0.dist-info"
+    module.write_text(
+        "from coatkit import Asset, Manifest, hookimpl\n\n@hookimpl\ndef coatkit_manifests():\n"
+        "    assets = (Asset('../../w.bin', 'https://example.org/w.bin'),)\n"
+        "    return [Manifest('expert', 'sly', 'sly:Sly', assets=assets)]\n"
+    )
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coatkit-expert-sly\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[coatkit]\nsly = coatkit_expert_sly\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    registry.cache_clear()
+    try:
+        shown = CliRunner().invoke(cli, ["plugins"])
+    finally:
+        registry.cache_clear()
+        sys.modules.pop("coatkit_expert_sly", None)
+    assert shown.exit_code == 0, shown.output
+    [line] = [line for line in shown.output.splitlines() if line.startswith("failed: ")]
+    assert "coatkit-expert-sly 1.0 (sly = coatkit_expert_sly): ValueError: asset '../../w.bin': '/' may not" in line
+    assert "mini" in shown.output
 
 
 # pip
@@ -466,6 +595,24 @@ def test_a_file_that_is_not_what_the_hub_keeps_is_refused(monkeypatch: pytest.Mo
     assert left_in(cached) == []
 
 
+def test_what_is_left_of_an_older_commit_is_not_mixed_in(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    older = Hub(monkeypatch, {"config.json": b"{}", "model-00001-of-2.safetensors": b"old"}, "d" * 40)
+    get = older.snapshot_download
+
+    def cut_off(*args: Any, **options: Any) -> None:
+        get(*args, **options)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", cut_off)
+    asset = Asset("repo", "hub:owner/name")
+    with pytest.raises(AssetError, match="connection reset"):
+        assets.fetch("mini", asset)
+    Hub(monkeypatch, {"config.json": b"{}", "model.safetensors": CONTENT})
+    assets.fetch("mini", asset)
+    assert left_in(cached) == ["assets/mini/repo/config.json", "assets/mini/repo/model.safetensors"]
+    assert parts_in(cached) == []
+
+
 def test_a_failing_hub_is_told(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
     hub = Hub(monkeypatch, {})
 
@@ -496,21 +643,67 @@ class Dropping(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
+def over_tls_to(monkeypatch: pytest.MonkeyPatch, server: http.server.HTTPServer) -> None:
+    """Ask a server of this machine instead, as if that were over TLS; all that follows is real."""
+    opened = download._open
+
+    def here(owner: str, request: urllib.request.Request) -> Any:
+        url = f"http://127.0.0.1:{server.server_port}/w.bin"
+        return opened(owner, urllib.request.Request(url, headers=dict(request.header_items())))
+
+    monkeypatch.setattr(download, "_open", here)
+
+
 def test_resuming_over_a_real_connection(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), Dropping)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    opened = urllib.request.urlopen
-
-    def urlopen(request: urllib.request.Request, timeout: float) -> Any:
-        here = f"http://127.0.0.1:{server.server_port}/w.bin"
-        answer = opened(urllib.request.Request(here, headers=dict(request.header_items())), timeout=timeout)
-        answer.url = WEB.source  # as if it had been over TLS
-        return answer
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    over_tls_to(monkeypatch, server)
     try:
         assert assets.fetch("mini", WEB) == DIGEST
     finally:
         server.shutdown()
         server.server_close()
     assert Dropping.asked == [None, "bytes=1500-"]
+
+
+class Redirecting(http.server.BaseHTTPRequestHandler):
+    """Sends everyone who asks for the file to `place`, and would serve the file there."""
+
+    place: ClassVar[str] = ""
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(302 if self.path == "/w.bin" else 200)
+        self.send_header("Location", self.place)
+        self.end_headers()
+        self.wfile.write(b"" if self.path == "/w.bin" else CONTENT)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:{port}/moved", "/moved", "ftp://127.0.0.1/w.bin", "file:///w.bin"])
+def test_a_redirect_away_from_https_is_refused_unasked(
+    monkeypatch: pytest.MonkeyPatch, cached: Path, place: str
+) -> None:
+    """Over a real connection; `/moved` stays with its server, which is not spoken to over TLS here."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Redirecting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Redirecting.place, Redirecting.asked = place.format(port=server.server_port), []
+    over_tls_to(monkeypatch, server)
+    refused = r"not allowed" if place.startswith("file:") else r"mini: .* redirects to \w+://.*, which is not HTTPS"
+    try:
+        with pytest.raises(AssetError, match=refused):
+            assets.fetch("mini", WEB)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Redirecting.asked == ["/w.bin"]
+    assert left_in(cached) == []
+
+
+def test_a_redirect_to_https_is_followed_with_its_range() -> None:
+    asked = urllib.request.Request(WEB.source, headers={"Range": "bytes=3-"})
+    followed = download._HttpsOnly("mini").redirect_request(asked, None, 302, "Found", {}, "https://cdn.example.org/w")
+    assert followed is not None
+    assert (followed.full_url, followed.get_header("Range")) == ("https://cdn.example.org/w", "bytes=3-")

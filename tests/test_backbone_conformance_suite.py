@@ -34,7 +34,7 @@ Faults = dict[str, dict[str, str]]
 
 def run_suite(folder: Path, source: str, site: Path | None = None) -> Report:
     """Run pytest on a file as an author would, in a process of its own."""
-    groups = ("Loading", "Preparing", "Forward", "Learning", "Generating")
+    groups = ("Loading", "Sketch", "Folder", "Preparing", "Forward", "Learning", "Generating")
     imports = [f"from coatkit.testing.backbone_{name.lower()} import {name}Checks" for name in groups]
     head = ["from coatkit.testing import BackboneConformance", *imports, "", ""]
     (folder / "test_authors.py").write_text("\n".join(head) + source)
@@ -72,6 +72,11 @@ def failed(report: Mapping[str, tuple[str, str]]) -> set[str]:
 
 GREEDY = [f"test_answer_is_greedy_decoding[{row}]" for row in ("one", "text", "two")]
 CHECKPOINTING = [f"test_gradient_checkpointing_changes_no_gradient[{tower}]" for tower in ("frozen", "learning")]
+SKETCH = "test_sketch_is_the_loaded_model"
+DAMAGED = {
+    how: f"test_damaged_model_folder_is_refused[{how}]"
+    for how in ("missing", "unexpected", "shape", "truncated", "gone")
+}
 BATCH = "test_left_padded_answers_are_greedy_too"
 LOADING: Faults = {
     "CannotLoad": {"test_loads": "cannot be loaded: OSError: no libsound.so"},
@@ -85,6 +90,30 @@ LOADING: Faults = {
     "FingerprintOfTheInstance": {"test_fingerprint_is_stable": "two instances with the same options have different"},
     "FallsBackToRandom": {"test_a_folder_without_a_model_is_refused": "an empty folder as `weights` loads"},
     "PreparerWithModel": {"test_preparer_holds_no_network": "its preparer holds a network: model"},
+}
+SKETCHING: Faults = {
+    "SketchOfAnotherSize": {SKETCH: "of one model: parameter model.language_model.layers.2."},
+    "SketchWithoutAPart": {SKETCH: "of one model: the count of parts is {"},
+    "SketchThatFreezesNothing": {SKETCH: "of one model: the count of frozen parameters is 1 in the sketch and"},
+    "SketchWithValues": {SKETCH: "sketch() fills model."},
+    "CannotSketch": {SKETCH: "sketch() raised AttributeError: 'CannotSketch' object has no attribute 'gone'"},
+    "SketchesADict": {SKETCH: "sketch() gave a dict"},
+    "CostsTheSameForever": {SKETCH: "tower_flops of 0.5, 1, 10 and 40 s are 1e+09, 1e+09, 1e+09, 1e+09"},
+    "LearnsBackwards": {SKETCH: "tower_backward of 0.5, 1, 10 and 40 s are 2e+09, 1e+09, 1e+08"},
+}
+FOLDER: Faults = {
+    "IgnoresTheFolder": {
+        "test_model_folder_is_read": "with other values in audio_tower.layers.0.",
+        **dict.fromkeys(DAMAGED.values(), "and it loads without a word"),
+    },
+    "TakesWhatFits": {
+        DAMAGED["missing"]: "is missing from the model folder, and it loads without a word",
+        DAMAGED["unexpected"]: "holds an unknown tensor conformance_extra beside",
+        DAMAGED["shape"]: "has another shape in the model folder, and it loads without a word",
+        DAMAGED["truncated"]: "is cut in half, and the error is no coatkit.AssetError but",
+        DAMAGED["gone"]: "has no model.safetensors, and the error is no coatkit.AssetError but",
+    },
+    "SaysNothingOfTheFolder": dict.fromkeys(DAMAGED.values(), "and the error does not name /"),
 }
 PREPARING: Faults = {
     "CannotPrepare": {"test_prepares": "preparing plain rows raised AttributeError: 'preparer_type' object has no"},
@@ -203,6 +232,8 @@ GENERATING: Faults = {
 }
 GROUPS = {
     "Loading": LOADING,
+    "Sketch": SKETCHING,
+    "Folder": FOLDER,
     "Preparing": PREPARING,
     "Forward": FORWARD,
     "Learning": LEARNING,
@@ -211,11 +242,22 @@ GROUPS = {
 CASES = [(group, name) for group, faults in GROUPS.items() for name in faults]
 
 
+OWN_FOLDER = """
+    def model_folder(self, folder):
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"model.layers.0.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+"""
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Every broken backbone on the group of checks it must fail, without those that start a process."""
     source = suite_of("Bare", without=NEW_PROCESS)
     source += suite_of("Good", body="    several_sounds = False", without=(*NEW_PROCESS, *SLOW))
+    source += suite_of("OwnFolder", "FolderChecks", OWN_FOLDER, use=f"{BROKEN}:Good")
     for group, faults in GROUPS.items():
         for name, wanted in faults.items():
             asked = {check.partition("[")[0] for check in wanted}
@@ -245,6 +287,14 @@ def test_only_the_protocol_is_needed(reports: Report) -> None:
     assert any("it is no coatkit.HFBackbone, so its inside is not known" in text for text in skipped)
 
 
+def test_an_authors_model_folder_must_load(reports: Report) -> None:
+    found = reports["TestOwnFolder"]
+    assert failed(found) == {"test_model_folder_is_read"}
+    assert "a whole model folder does not load: AssetError" in found["test_model_folder_is_read"][1]
+    for name in DAMAGED.values():
+        assert "its model folder does not load; test_model_folder_is_read says why" in found[name][1]
+
+
 def test_a_backbone_of_one_sound_a_row_must_refuse_more(reports: Report) -> None:
     """The good one takes several, so saying that it does not is a fault, and the only one."""
     found = reports["TestGood"]
@@ -271,7 +321,9 @@ from coatkit import Manifest, hookimpl
 
 @hookimpl
 def coatkit_manifests():
-    return [Manifest(kind="backbone", name="{name}", target="backbones_code:{target}", frame_rate={rate})]
+    return [
+        Manifest(kind="backbone", name="{name}", target="backbones_code:{target}", frame_rate={rate}, dim={dim})
+    ]
 """
 CARELESS = {
     "test_entry_module_imports_no_torch": "importing coatkit_backbone_careless imports torch",
@@ -287,9 +339,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Plugins laid out as pip does: a good one, and one that is careless in every way."""
     site = tmp_path_factory.mktemp("site")
     (site / "backbones_code.py").write_text(BROKEN.read_text())
-    for name, more, target, rate in (("fine", "", "Good", 25), ("careless", "import torch", "Careless", 50)):
+    for name, more, target, rate, dim in (
+        ("fine", "", "Good", 25, 576),
+        ("careless", "import torch", "Careless", 50, None),
+        ("narrow", "", "Good", 25, 64),
+    ):
         module = f"coatkit_backbone_{name}"
-        (site / f"{module}.py").write_text(ENTRY.format(name=name, more=more, target=target, rate=rate))
+        (site / f"{module}.py").write_text(ENTRY.format(name=name, more=more, target=target, rate=rate, dim=dim))
         info = site / f"{module}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: coatkit-backbone-{name}\nVersion: 1.0\n")
@@ -297,6 +353,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Report:
     authors = site / "authors"
     authors.mkdir()
     source = suite_of("Fine", use="fine") + suite_of("Careless", "LoadingChecks", use="careless")
+    source += suite_of("Narrow", "LoadingChecks", use="narrow", without=NEW_PROCESS)
     return run_suite(authors, source, site)
 
 
@@ -309,6 +366,13 @@ def test_faults_of_an_installed_plugin_are_seen(installed: Report) -> None:
     assert failed(installed["TestCareless"]) == set(CARELESS)
     for check, said in CARELESS.items():
         assert said in installed["TestCareless"][check][1]
+
+
+def test_dim_is_that_of_the_default_weights_which_need_not_be_there(installed: Report) -> None:
+    """It is the width of the tiny model the suite runs on, and the default's is 576."""
+    found = installed["TestNarrow"]
+    assert failed(found) == {"test_manifest_is_true"}
+    assert "its manifest says dim 64, the default backbone 576" in found["test_manifest_is_true"][1]
 
 
 # --- the kit itself

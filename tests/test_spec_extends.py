@@ -70,6 +70,86 @@ def test_a_base_in_the_same_folder_keeps_its_dots(folder: Path) -> None:
     assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
 
 
+def test_a_class_of_a_file_named_without_dots_moves_too(folder: Path) -> None:
+    text = BASE.replace("./mine.py:Mine", "mine.py:Mine, head: {use: heads/own.py:Own}")
+    (folder / "heads").mkdir()
+    (folder / "heads/own.py").write_text("from coatkit import Head\nclass Own(Head): ...\n")
+    (folder / "base.yaml").write_text(text)
+    for place in ("arms/arm.yaml", "arm.yaml"):
+        loaded = load(folder, place=place, extends=str(folder / "base.yaml"))
+        assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
+        assert loaded.chosen["heads.mine"].component.target == f"{folder / 'heads/own.py'}:Own"
+    (folder / "base.yaml").write_text(BASE.replace("./mine.py", f"{folder}/mine.py"))
+    assert load(folder).chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
+
+
+def test_a_linked_spec_finds_its_base_beside_the_link_or_beside_itself(folder: Path) -> None:
+    """Its rows, and those of its base, are where they are for the files themselves."""
+    load(folder, name="arm", data={"train": "own.jsonl"})
+    (folder / "links").mkdir()
+    (folder / "links/arm.yaml").symlink_to("../arms/arm.yaml")
+    (folder / "deep/links").mkdir(parents=True)
+    (folder / "deep/links/arm.yaml").symlink_to("../../arms/arm.yaml")
+    (folder / "arms_too").symlink_to("deep/..//arms")  # a folder may be a link as well
+    for place in ("links", "deep/links", "arms_too"):
+        loaded = load_spec(folder / place / "arm.yaml")
+        assert loaded.spec.name == "arm"
+        assert loaded.path(loaded.spec.data.train.path) == folder / "arms/own.jsonl"  # type: ignore[union-attr]
+        assert loaded.path(loaded.spec.data.heldout.path) == folder / "rows/heldout.jsonl"  # type: ignore[union-attr]
+        assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
+    other = BASE.replace("name: base", "name: base\nseed: 5")
+    (folder / "deep/base.yaml").write_text(other.replace("rows/", "../rows/").replace("./mine", "../mine"))
+    assert load_spec(folder / "deep/links/arm.yaml").spec.seed == 5  # the one beside the link comes first
+    assert load_spec(folder / "links/arm.yaml").spec.seed != 5
+
+
+def test_a_base_that_is_a_link_keeps_the_paths_of_its_file(folder: Path) -> None:
+    (folder / "arms/base.yaml").symlink_to("../base.yaml")
+    loaded = load(folder, extends="base.yaml")
+    assert loaded.path(loaded.spec.data.train.path) == folder / "rows/train.jsonl"  # type: ignore[union-attr]
+    assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
+
+
+def test_a_link_without_a_base_says_both_places(folder: Path) -> None:
+    load(folder)
+    (folder / "deep/links").mkdir(parents=True)
+    (folder / "deep/links/arm.yaml").symlink_to("../../arms/arm.yaml")
+    (folder / "base.yaml").unlink()
+    with pytest.raises(SpecError) as caught:
+        load_spec(folder / "deep/links/arm.yaml")
+    places = f"there is no file {folder}/deep/base.yaml, nor, where this link leads, {folder}/base.yaml"
+    assert places in str(caught.value)
+    with pytest.raises(SpecError) as caught:
+        load_spec(folder / "arms/arm.yaml")
+    assert str(caught.value).endswith(f"there is no file {folder}/base.yaml")
+
+
+def test_an_override_changes_the_named_place_alone(folder: Path) -> None:
+    """Where an anchor gives one value to several places, too."""
+    text = BASE.replace("{audio: 0.5, mine: 1.0}", "*shared").replace("{audio: 1.0}", "&shared {audio: 1.0, mine: 1.0}")
+    (folder / "base.yaml").write_text(text)
+    weights = [stage.weights for stage in load_spec(folder / "base.yaml", ["stages.1.weights.audio=0.25"]).spec.stages]
+    assert weights == [{"audio": 1.0, "mine": 1.0}, {"audio": 0.25, "mine": 1.0}]
+    (folder / "base.yaml").write_text(
+        text.replace("name: two,", "<<: *one, name: two,").replace("- {name: one", "- &one {name: one")
+    )
+    spec = load(folder, "stages.0.weights.mine=3").spec
+    assert [stage.weights["mine"] for stage in spec.stages] == [3.0, 1.0]
+    both = "[{name: a, steps: 1, lr: 1, weights: &w {mine: 1}}, {name: b, steps: 1, lr: 1, weights: *w}]"
+    spec = load(folder, f"stages={both}", "stages.1.weights.mine=2").spec
+    assert [stage.weights["mine"] for stage in spec.stages] == [1.0, 2.0]
+
+
+def test_paths_behind_an_anchor_move_once(folder: Path) -> None:
+    mixture = "&shared {rows: 9, categories: {all: {share: 1, sources: [rows/train.jsonl]}}}"
+    text = BASE.replace("{train: rows/train.jsonl, heldout", f"{{mixture: {mixture}, heldout")
+    (folder / "base.yaml").write_text(text.replace("{name: two,", "{name: two, mixture: *shared,"))
+    loaded = load(folder)
+    for found in (loaded.spec.data.mixture, loaded.spec.stages[1].mixture):
+        assert found is not None
+        assert loaded.path(found.categories["all"].sources[0].path) == folder / "rows/train.jsonl"
+
+
 def test_a_list_of_stages_replaces_and_a_mapping_changes_by_name(folder: Path) -> None:
     fresh = [{"name": "only", "steps": 3, "lr": 0.1}]
     assert [stage.name for stage in load(folder, stages=fresh).spec.stages] == ["only"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import pytest
@@ -43,6 +44,13 @@ class BackboneBase(Conformance):
     seconds: ClassVar[tuple[float, float, float]] = (0.4, 0.15, 0.9)
     longest_seconds: ClassVar[float] = 35.0
     tolerance: ClassVar[float] = 1e-4
+
+    def model_folder(self, folder: Path) -> Path | None:
+        """Override it to write a model folder as the option `weights` takes it, below `folder`, and give its path.
+
+        Without it, a `coatkit.HFBackbone` is tried with what transformers saves of its stock model and tokenizer.
+        """
+        return None
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from coatkit import build, infer
+from coatkit.backbones.folder import transformers_quiet
 from coatkit.backbones.hf import HFBackbone
+from coatkit.backbones.options import BackboneOptions
 from coatkit.data.audio import Samples
 from coatkit.data.rows import AudioRef, Message, Row
-from coatkit.protocols import AudioBatch, Backbone, Inputs, Output
+from coatkit.protocols import AudioBatch, Backbone, Inputs, Output, Sketch
 from coatkit.spec import ThinkingSpec
 from coatkit.testing.bench import Failed, Workbench
 from coatkit.testing.sounds import tone
@@ -50,11 +52,31 @@ class BackboneBench(Workbench):
 
     def load(self, thinking: ThinkingSpec | None = ThinkingSpec(), **changes: Any) -> Backbone:  # noqa: B008
         """A new instance with the author's options, `changes` apart; a dict changes only the keys it has."""
+        options = self._options(changes)
+        return self.call("loading", lambda: infer.load_backbone(self.name, thinking=thinking, device="cpu", **options))
+
+    def _options(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         options: dict[str, Any] = dict(self.options)
         for key, value in changes.items():
             old = options.get(key)
             options[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        return self.call("loading", lambda: infer.load_backbone(self.name, thinking=thinking, device="cpu", **options))
+        return options
+
+    def sketched(self, **changes: Any) -> tuple[Backbone, Sketch]:
+        """A new instance that was sketched and not loaded, and its sketch."""
+        made: Backbone = build.construct(self.component, thinking=ThinkingSpec(), **self._options(changes))
+        return made, self.call("sketch", made.sketch)
+
+    def write_folder(self, folder: Path) -> Path | None:
+        """What transformers saves of the stock model and its tokenizer; None where there is no stock model."""
+        made: Any = build.construct(self.component, thinking=ThinkingSpec(), **self.options)
+        if not isinstance(made, HFBackbone) or not isinstance(made.options, BackboneOptions):
+            return None
+        stock, preparer = made.build(torch.float32)
+        with transformers_quiet():
+            for part in (stock, preparer.tokenizer, *filter(None, [getattr(preparer, "extractor", None)])):
+                part.save_pretrained(folder)
+        return folder
 
     @cached_property
     def raw(self) -> Backbone | Failed:

@@ -153,6 +153,8 @@ class LearningChecks(BackboneBase):
             return Fault(f"{still[0]} is in parts() and does not move", "see that the loss depends on it")
         if not isinstance(backbone, HFBackbone) or backbone.options.train.tokens != "new":
             return FINE
+        if backbone.options.train.lm == "full":  # the output matrix learns then, and so does the embedding it may be
+            return FINE
         for where in ("input", "output"):
             weight = getattr(backbone.stock, f"get_{where}_embeddings")().weight
             if weight.requires_grad:

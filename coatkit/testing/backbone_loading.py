@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,10 @@ from coatkit.testing.backbone_base import BackboneBase
 from coatkit.testing.backbone_bench import BackboneBench
 from coatkit.testing.bench import Failed, parts
 from coatkit.testing.fresh import Found, look
+from coatkit.testing.loading import SharedLoadingChecks
 
 
-class LoadingChecks(BackboneBase):
+class LoadingChecks(SharedLoadingChecks, BackboneBase):
     """Loading, here and in a new interpreter; the manifest; the fingerprint; what data workers get."""
 
     @pytest.fixture(scope="class")
@@ -42,20 +45,6 @@ class LoadingChecks(BackboneBase):
         if "consumed" not in bench.raw.audio_dims:
             self.fail("audio_dims does not say how wide `consumed` is", "set audio_dims['consumed'] in load")
 
-    def test_entry_module_imports_no_torch(self, bench: BackboneBench, elsewhere: Found) -> None:
-        """`coatkit plugins` and `coatkit check` import every plugin's entry module: seconds for everybody."""
-        if not bench.light_modules:
-            self.skip("it is no installed plugin, so it has no entry module")
-        for name in bench.light_modules:
-            if name not in elsewhere.heavy:
-                self.fail(f"importing {name} in a new Python process failed: {elsewhere.error}", "repair the import")
-            if heavy := elsewhere.heavy[name]:
-                self.fail(
-                    f"importing {name} imports {', '.join(heavy)}",
-                    "name the class in the manifest as 'module:Class' and import nothing of it there; keep the options"
-                    " model in a module of its own",
-                )
-
     def test_works_in_a_fresh_process(self, bench: BackboneBench, elsewhere: Found) -> None:
         """A new interpreter loads it, hears with it, and finds the same fingerprint: `--resume` needs that."""
         self.loaded(bench)
@@ -72,49 +61,23 @@ class LoadingChecks(BackboneBase):
                 " temporary path; draw random weights from a generator with a fixed seed",
             )
 
-    def test_uses_no_network(self, bench: BackboneBench, elsewhere: Found) -> None:
-        """Training runs on machines without a network; only `coatkit fetch` downloads."""
-        bench.use()
-        if found := list(dict.fromkeys([*bench.watch.network, *elsewhere.network])):
-            self.fail(
-                f"loading or using it tried to reach the network: {'; '.join(found[:4])}",
-                "list files as Assets in the manifest; read folders with coatkit.backbones.folder.read_model and read,"
-                " which never ask the model hub",
-            )
-
-    def test_writes_nothing_at_home(self, bench: BackboneBench, elsewhere: Found) -> None:
-        """A home can be read-only or shared by a thousand jobs."""
-        bench.use()
-        if found := list(dict.fromkeys([*bench.watch.home, *elsewhere.home])):
-            self.fail(
-                f"loading or using it wrote to the home folder: {', '.join(found[:4])}",
-                "write nothing while loading and using it, or only below coatkit's cache folder",
-            )
-
-    def test_leaves_global_state_alone(self, bench: BackboneBench) -> None:
-        """Random states, grad mode, default dtype and threads belong to the training run."""
-        bench.use()
-        if bench.touched:
-            shown = "; ".join(f"{name} (in {call})" for name, call in bench.touched.items())
-            self.fail(
-                f"it changed {shown}",
-                "draw from a torch.Generator of its own or in torch.random.fork_rng(), as"
-                " coatkit.backbones.tiny.tiny_model does; set no global switches; see that dropout is off",
-            )
-
     def test_manifest_is_true(self, bench: BackboneBench) -> None:
         """What `coatkit plugins` prints of it is what it is; `dim` is that of the default weights."""
         backbone, manifest = self.loaded(bench), bench.attempt(lambda: bench.component).manifest  # type: ignore[union-attr]
         if manifest is None:
             self.skip("it is no installed plugin, so it has no manifest")
         true = {"sample_rate": backbone.preparer.sample_rate, "frame_rate": backbone.preparer.frame_rate}
-        if bench.options.get("weights", "default") == "default":
-            true["dim"] = backbone.hidden_size
+        default: Any = backbone
+        if manifest.dim is not None and bench.options.get("weights", "default") != "default":
+            default = bench.attempt(lambda: bench.sketched(weights="default")[0])  # needs none of those weights
+        if isinstance(default, Backbone):
+            true["dim"] = default.hidden_size
         for name, value in true.items():
             said = getattr(manifest, name)
+            which = "default" if name == "dim" else "loaded"
             if said is not None and abs(said - value) > 1e-6 * value:
                 self.fail(
-                    f"its manifest says {name} {said:g}, the loaded backbone {value:g}",
+                    f"its manifest says {name} {said:g}, the {which} backbone {value:g}",
                     f"set {name} in the manifest to {value!r}",
                 )
 

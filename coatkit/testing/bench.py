@@ -87,6 +87,10 @@ class Workbench:
         options = component.manifest.options
         return found if options is None else [*found, options.partition(":")[0]]
 
+    def use(self) -> None:
+        """Load it and call all it has, for the sake of what it does meanwhile."""
+        raise NotImplementedError
+
     def call(self, what: str, function: Callable[[], T]) -> T:
         """Run foreign code under watch, and note what it does to the process's state."""
         before = _state()

@@ -11,9 +11,10 @@ from coatkit.testing.bench import Bench, Failed, parameters, parts
 from coatkit.testing.checkpoints import EXTRA, SPOILS, Checkpoint
 from coatkit.testing.expert_base import ExpertBase
 from coatkit.testing.fresh import Found, look
+from coatkit.testing.loading import SharedLoadingChecks
 
 
-class LoadingChecks(ExpertBase):
+class LoadingChecks(SharedLoadingChecks, ExpertBase):
     """Loading, here and in a new interpreter; the manifest; frozen weights; fingerprint; checkpoints."""
 
     @pytest.fixture(scope="class")
@@ -42,21 +43,6 @@ class LoadingChecks(ExpertBase):
                 "repair load(), or give `options` it can be loaded with here, such as weights: random",
             )
 
-    def test_entry_module_imports_no_torch(self, bench: Bench, elsewhere: Found) -> None:
-        """`coatkit plugins` and `coatkit check` import every plugin's entry module: seconds for everybody."""
-        light = bench.light_modules
-        if not light:
-            self.skip("it is no installed plugin, so it has no entry module")
-        for name in light:
-            if name not in elsewhere.heavy:
-                self.fail(f"importing {name} in a new Python process failed: {elsewhere.error}", "repair the import")
-            if heavy := elsewhere.heavy[name]:
-                self.fail(
-                    f"importing {name} imports {', '.join(heavy)}",
-                    "name the class in the manifest as 'module:Class' and import nothing of it there; keep the options"
-                    " model in a module of its own",
-                )
-
     def test_works_in_a_fresh_process(self, bench: Bench, elsewhere: Found) -> None:
         """A new interpreter loads it, encodes with it, and finds the same fingerprint: `--resume` needs that."""
         expert = self.loaded(bench)
@@ -72,35 +58,6 @@ class LoadingChecks(ExpertBase):
                 "its fingerprint is another one in a new process",
                 "leave out of fingerprint() what changes from run to run: hash(), id(), the order of a set, a time, a"
                 " temporary path; draw random weights from a generator of their own",
-            )
-
-    def test_uses_no_network(self, bench: Bench, elsewhere: Found) -> None:
-        """Training runs on machines without a network; only `coatkit fetch` downloads."""
-        bench.use()
-        if found := [*bench.watch.network, *(what for what in elsewhere.network if what not in bench.watch.network)]:
-            self.fail(
-                f"loading or using it tried to reach the network: {'; '.join(found[:4])}",
-                "list files as Assets in the manifest and find them with coatkit.require; import no code that fetches",
-            )
-
-    def test_writes_nothing_at_home(self, bench: Bench, elsewhere: Found) -> None:
-        """A home can be read-only or shared by a thousand jobs."""
-        bench.use()
-        if found := [*bench.watch.home, *(path for path in elsewhere.home if path not in bench.watch.home)]:
-            self.fail(
-                f"loading or using it wrote to the home folder: {', '.join(found[:4])}",
-                "write nothing while loading and encoding; what it needs belongs to the manifest's assets",
-            )
-
-    def test_leaves_global_state_alone(self, bench: Bench) -> None:
-        """Random states, grad mode, default dtype and threads belong to the training run."""
-        bench.use()
-        if bench.touched:
-            shown = "; ".join(f"{name} (in {call})" for name, call in bench.touched.items())
-            self.fail(
-                f"it changed {shown}",
-                "draw from a torch.Generator of its own or in torch.random.fork_rng(); set no global switches; see that"
-                " dropout is off",
             )
 
     def test_manifest_is_true(self, bench: Bench) -> None:

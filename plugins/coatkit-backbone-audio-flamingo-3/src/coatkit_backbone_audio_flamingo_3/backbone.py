@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import (
+    AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
     AutoTokenizer,
     GenerationConfig,
@@ -16,11 +17,11 @@ from transformers import (
 
 from coatkit import AssetError, AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
-from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder
+from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
 from coatkit_backbone_audio_flamingo_3 import NAME, WEIGHTS
 from coatkit_backbone_audio_flamingo_3.options import Options
 from coatkit_backbone_audio_flamingo_3.sizes import plan_config
-from coatkit_backbone_audio_flamingo_3.tiny import tiny_parts
+from coatkit_backbone_audio_flamingo_3.tiny import tiny_config, tiny_parts
 
 SOUND, TURN_END, TEXT_END = "<sound>", "<|im_end|>", "<|endoftext|>"
 
@@ -73,7 +74,13 @@ class AudioFlamingo3(HFBackbone):
         return model, AudioFlamingo3Preparer(tokenizer, extractor, self.thinking, context)
 
     def plan_config(self) -> Any:
-        return plan_config()
+        if self.options.weights == "default":
+            return plan_config()
+        if self.options.weights == "random":
+            config, tokenizer = tiny_config()
+            return with_thinking_tokens(config, tokenizer)
+        folder = weights_folder(NAME, self.options.weights, WEIGHTS)
+        return with_thinking_tokens(read(AudioFlamingo3Config, folder), read(AutoTokenizer, folder))
 
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         return whisper.valid_frames(output, tokens["input_features_mask"])

@@ -29,13 +29,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_parts(dtype: torch.dtype = torch.float32, **text: Any) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and feature extractor, the same on every machine; no file and no network is read.
-
-    The model has one embedding row per token and none to spare, as the published one.
+def tiny_config(**text: Any) -> tuple[AudioFlamingo3Config, Any]:
+    """Configuration and tokenizer: one embedding row per token and none to spare, as the published model has.
 
     Args:
-        dtype: Type of the weights.
         text: Fields of the language model's configuration to change, e.g. `tie_word_embeddings`.
     """
     # The published model's context, which holds 600 s of sound twice.
@@ -46,5 +43,16 @@ def tiny_parts(dtype: torch.dtype = torch.float32, **text: Any) -> tuple[Any, An
         text_config=Qwen2Config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=2, pad_token_id=0, **sizes),
         audio_token_id=tokenizer.convert_tokens_to_ids("<sound>"),
     )
+    return config, tokenizer
+
+
+def tiny_parts(dtype: torch.dtype = torch.float32, **text: Any) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and feature extractor, the same on every machine; no file and no network is read.
+
+    Args:
+        dtype: Type of the weights.
+        text: As of `tiny_config`.
+    """
+    config, tokenizer = tiny_config(**text)
     model = tiny_model(AudioFlamingo3ForConditionalGeneration, config, dtype)
     return model, tokenizer, WhisperFeatureExtractor(feature_size=128)

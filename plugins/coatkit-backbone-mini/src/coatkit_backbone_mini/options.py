@@ -13,7 +13,9 @@ from coatkit_backbone_mini import SMOLLM2_HUB, SMOLLM2_WHEEL, WHISPER_HUB, WHISP
 class MiniTrainOptions(TrainOptions):
     """What learns in each part; the projector does unless told otherwise, because it starts untrained."""
 
-    projector: Literal["full", "none"] = Field("full", description="projector from audio tower to language model")
+    projector: Literal["lora", "full", "none"] = Field(
+        "full", description="projector from audio tower to language model"
+    )
 
 
 class Options(BackboneOptions):

@@ -6,16 +6,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 
 from coatkit import BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs
-from coatkit.backbones.folder import add_thinking_tokens, read, weights_folder
+from coatkit.backbones.folder import add_thinking_tokens, read, weights_folder, with_thinking_tokens
 from coatkit_backbone_qwen2_5_omni import NAME, WEIGHTS
 from coatkit_backbone_qwen2_5_omni.folder import read_parts
 from coatkit_backbone_qwen2_5_omni.options import Options
 from coatkit_backbone_qwen2_5_omni.preparer import Qwen25OmniPreparer, tokens_of
 from coatkit_backbone_qwen2_5_omni.sizes import plan_config
-from coatkit_backbone_qwen2_5_omni.tiny import tiny_config, tiny_parts
+from coatkit_backbone_qwen2_5_omni.tiny import tiny_config, tiny_parts, tiny_tokenizer
 
 
 class Qwen25Omni(HFBackbone):
@@ -30,13 +35,15 @@ class Qwen25Omni(HFBackbone):
     window_seconds: ClassVar[float] = 2.0
     projector_path: ClassVar[str] = "model.audio_tower.proj"
     tower_output_path: ClassVar[str] = "model.audio_tower.ln_post"
+    packs_sounds: ClassVar[bool] = True
 
     def plan_config(self) -> Qwen2_5OmniThinkerConfig:
         if self.options.weights == "default":
             return plan_config()
         if self.options.weights == "random":
-            return tiny_config()
-        return read(Qwen2_5OmniThinkerConfig, weights_folder(NAME, self.options.weights, WEIGHTS))
+            return with_thinking_tokens(tiny_config(), tiny_tokenizer())
+        folder = weights_folder(NAME, self.options.weights, WEIGHTS)
+        return with_thinking_tokens(read(Qwen2_5OmniThinkerConfig, folder), read(AutoTokenizer, folder))
 
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         if self.options.weights == "random":

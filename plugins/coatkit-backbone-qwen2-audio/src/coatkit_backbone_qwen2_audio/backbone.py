@@ -16,12 +16,12 @@ from transformers import (
 
 from coatkit import AssetError, BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs, Output
 from coatkit.backbones import whisper
-from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder
+from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
 from coatkit_backbone_qwen2_audio import NAME, WEIGHTS
 from coatkit_backbone_qwen2_audio.options import Options
 from coatkit_backbone_qwen2_audio.preparer import AUDIO, MARKUP, Qwen2AudioPreparer, tokens_of
 from coatkit_backbone_qwen2_audio.sizes import real_config
-from coatkit_backbone_qwen2_audio.tiny import tiny, tiny_config
+from coatkit_backbone_qwen2_audio.tiny import tiny, tiny_config, tiny_processor
 from coatkit_backbone_qwen2_audio.tower import allow_short_mel
 
 END = "<|im_end|>"
@@ -37,8 +37,9 @@ class Qwen2Audio(HFBackbone):
         if self.options.weights == "default":
             return real_config()
         if self.options.weights == "random":
-            return tiny_config()
-        return read(Qwen2AudioConfig, weights_folder(NAME, self.options.weights, WEIGHTS))
+            return with_thinking_tokens(tiny_config(), tiny_processor().tokenizer)
+        folder = weights_folder(NAME, self.options.weights, WEIGHTS)
+        return with_thinking_tokens(read(Qwen2AudioConfig, folder), read(Qwen2AudioProcessor, folder).tokenizer)
 
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         assert isinstance(self.options, Options)
