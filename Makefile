@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity bench-experts paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed bench-experts paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -39,6 +39,34 @@ parity: setup .parity/.installed
 	.parity/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/parity/packages.txt
 	touch $@
 
+# Read what lhotse and datasets write today, in an environment of their own (.formats).
+test-formats: setup .formats/.installed
+	rm -rf .formats/work
+	HF_HUB_OFFLINE=1 .formats/bin/python tests/formats/write.py .formats/work
+	$(BIN)/python -m pytest tests/test_formats_real.py
+
+.formats/.installed: tests/formats/requirements.txt
+	$(PYTHON) -m venv .formats
+	.formats/bin/python -m pip install -q -r tests/formats/requirements.txt
+	touch $@
+
+# What extras bring is tested in environments of their own (.qlora, .deepspeed): .venv with the extra's package on top.
+test-qlora: setup .qlora/.installed
+	OMP_NUM_THREADS=1 .qlora/bin/python -m pytest tests/test_qlora.py
+
+test-deepspeed: setup .deepspeed/.installed
+	PATH="$(CURDIR)/.deepspeed/bin:$$PATH" OMP_NUM_THREADS=1 .deepspeed/bin/python -m pytest tests/test_deepspeed.py
+
+.qlora/.installed: PACKAGES := bitsandbytes==0.50.2
+.deepspeed/.installed: PACKAGES := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+PLACE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.qlora/.installed .deepspeed/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PLACE))')" > $$($(@D)/bin/python $(PLACE))/beside.pth
+	$(@D)/bin/python -m pip install -q --no-deps setuptools wheel
+	DS_ACCELERATOR=cpu $(@D)/bin/python -m pip install -q --no-deps --no-build-isolation $(PACKAGES)
+	touch $@
+
 # Throughput of every expert against upstream's own call, in one run; needs `make parity` before.
 bench-experts: setup
 	HOME=$(CURDIR)/.parity/home $(BIN)/python benchmarks/experts.py
@@ -64,4 +92,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed build dist *.egg-info plugins/*/src/*.egg-info

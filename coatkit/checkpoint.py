@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from coatkit.errors import RunError
 from coatkit.sharding import fill, like, whole
+from coatkit.zero import Moments, ZeroOptimizer
 
 FORMAT = 2
-Moments = dict[str, dict[str, Tensor]]
-"""Optimizer state by parameter name."""
 
 
 @dataclass
@@ -37,9 +37,29 @@ class Position:
     skipped: int = 0
 
 
-def learned(model: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
-    """Tensors a checkpoint keeps, whole: parameters that learn, and everything in the heads."""
-    return {k: whole(v) for k, v in _kept(model, names).items()}
+def learned(model: nn.Module, names: frozenset[str], *, keep: bool = True) -> dict[str, Tensor]:
+    """Tensors a checkpoint holds, whole and on the CPU: parameters that learn, and everything in the heads.
+
+    To be called by all processes; those that do not `keep` take part and get nothing.
+    """
+    return _gathered(_kept(model, names), keep)
+
+
+def gathered(moments: Moments, *, keep: bool = True) -> Moments:
+    """Optimizer state, whole and on the CPU, by the same rules as `learned`."""
+    found = {name: _gathered(state, keep) for name, state in moments.items()}
+    return found if keep else {}
+
+
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        # One at a time: no device, and no process but the one that writes, ever holds two whole tensors.
+        complete = whole(tensor.detach())
+        if keep:
+            found[name] = complete.cpu()
+        del complete
+    return found
 
 
 def _kept(model: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
@@ -59,6 +79,7 @@ def save(
 
     Args:
         tensors: What `learned` gave.
+        moments: What `gathered` gave.
         random: What `random_state` gave in each process.
     """
     final = folder / f"step-{position.step:08d}"
@@ -176,20 +197,44 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def optimizer_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Moments:
-    """An optimizer's state by parameter name."""
+def optimizer_moments(
+    optimizer: torch.optim.Optimizer | ZeroOptimizer, named: Mapping[str, nn.Parameter], *, keep: bool = True
+) -> Moments:
+    """An optimizer's state by parameter name: its own tensors, shards where the parameters are sharded.
+
+    DeepSpeed's is gathered by all, for those that `keep`.
+    """
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.moments(keep=keep)
     found: Moments = {}
     for name, parameter in named.items():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         if state:
-            found[name] = {k: whole(torch.as_tensor(v)) for k, v in state.items()}
+            found[name] = {k: torch.as_tensor(v) for k, v in state.items()}
     return found
 
 
-def set_moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moments: Moments) -> None:
-    """Put state back by parameter name; the step counter stays where the optimizer keeps it (on the CPU)."""
+def set_moments(
+    optimizer: torch.optim.Optimizer | ZeroOptimizer, named: Mapping[str, nn.Parameter], moments: Moments
+) -> None:
+    """Hand state over to an optimizer, by parameter name: what it takes is taken out of `moments`.
+
+    The step counter stays where the optimizer keeps it, on the CPU.
+    """
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.set_moments(moments)
+        return
     for name, parameter in named.items():
         if name in moments:
-            optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else like(parameter, v).clone() for k, v in moments[name].items()
-            }
+            optimizer.state[parameter] = _fitted(moments.pop(name), parameter)
+
+
+def rest_moments(parameters: Iterable[tuple[str, nn.Parameter]], moments: Moments) -> None:
+    """Keep of each sharded parameter's state this process's part alone, for those that do not learn for now."""
+    for name, parameter in parameters:
+        if name in moments and isinstance(parameter, DTensor):
+            moments[name] = _fitted(moments[name], parameter)
+
+
+def _fitted(state: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    return {k: v.clone() if k == "step" else like(parameter, v).clone() for k, v in state.items()}

@@ -15,7 +15,7 @@ from coatkit.align import align
 from coatkit.data.steps import Batch
 from coatkit.errors import PluginError, foreign_code
 from coatkit.precision import exact_float32
-from coatkit.protocols import AudioBatch, Backbone, Expert, Features, Head
+from coatkit.protocols import AudioBatch, Backbone, BackboneAudio, Expert, Features, Head
 
 
 @dataclass
@@ -128,17 +128,13 @@ class CoatModel(nn.Module):
             return losses
         device = out.thinking.device
         mask, lengths = batch.inputs.think_mask.to(device), batch.inputs.think_lengths.to(device)
-        rate = self.backbone.preparer.thinking_rate
         count = int(lengths.sum())
         for name in active:
             expert = self.experts[name]
-            audio = batch.audio[expert.sample_rate].to(device)
-            audio.backbone = out.audio if expert.uses_backbone else None
-            # A teacher works in float32, whatever the backbone's type.
-            with torch.no_grad(), exact_float32(device), _named(name, "encode", batch.inputs.row_ids):
-                features = expert.encode(audio)
-                check_features(features, audio, expert)
-                target = align(features, lengths, rate, expert.upsampling)
+            if name in batch.stored:
+                target = batch.stored[name].to(device)
+            else:
+                target = self._target(name, batch, out.audio, lengths)
             with _named(name, "head", batch.inputs.row_ids):
                 predicted = self.heads[name](out.thinking.float(), mask).float()
             with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
@@ -148,6 +144,18 @@ class CoatModel(nn.Module):
             for term, value in terms.items():
                 losses.sums[f"{name}.{term}"] = value * count
         return losses
+
+    @torch.no_grad()
+    def _target(self, name: str, batch: Batch, heard: BackboneAudio, lengths: Tensor) -> Tensor:
+        """What an expert makes of the batch's sounds, at the thinking positions: [A, M, dim]."""
+        expert, device = self.experts[name], lengths.device
+        audio = batch.audio[expert.sample_rate].to(device)
+        audio.backbone = heard if expert.uses_backbone else None
+        # A teacher works in float32, whatever the backbone's type.
+        with exact_float32(device), _named(name, "encode", batch.inputs.row_ids):
+            features = expert.encode(audio)
+            check_features(features, audio, expert)
+            return align(features, lengths, self.backbone.preparer.thinking_rate, expert.upsampling)
 
     def _nothing(self, together: bool) -> Tensor:
         # What is still sharded at this point belongs to units that every process runs.

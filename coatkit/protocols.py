@@ -214,6 +214,8 @@ class Inputs:
         think_index: [A, M] positions of each audio's thinking tokens in its row, padded with 0.
         think_lengths: [A] thinking positions of each audio; all 0 when `thinking: off`.
         row_ids: The rows' ids, for messages.
+        tower: [A, L, d_tower] the audio tower's frames at the audio tokens, from the feature store; None where the
+            tower is to be run.
     """
 
     tokens: dict[str, Tensor]
@@ -224,6 +226,7 @@ class Inputs:
     think_index: Tensor
     think_lengths: Tensor
     row_ids: list[str] = field(default_factory=list)
+    tower: Tensor | None = None
 
     @property
     def think_mask(self) -> Tensor:
@@ -360,6 +363,14 @@ class Backbone(ABC):
     @abstractmethod
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 64, **options: Any) -> list[str]:
         """Answers to prepared prompts; prompt and block are consumed in one prefill (paper section 3.5)."""
+
+    def hear(self, inputs: Inputs) -> Tensor:
+        """The audio tower's frames at the audio tokens, [A, L, d_tower], without running the language model.
+
+        Raises:
+            PluginError: If this backbone cannot; its tower's output then cannot be stored.
+        """
+        raise PluginError(f"{type(self).__name__} cannot run its audio tower alone, so `tower` cannot be stored")
 
     def fingerprint(self) -> str:
         """Identity of the frozen weights, from their names, shapes and a sample of every tensor's values."""

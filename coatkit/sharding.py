@@ -17,7 +17,9 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 def like(target: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor on the device of `target`, sharded as that is."""
+    """A whole tensor on the device of `target`, sharded as that is; one that is sharded already, as it is."""
+    if isinstance(value, DTensor):
+        return value
     value = value.to(device=target.device)
     if isinstance(target, DTensor):
         # Every process holds the whole value already: nothing needs to be sent.

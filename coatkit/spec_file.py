@@ -119,7 +119,8 @@ def load_spec(path: Path, overrides: Sequence[str] = (), *, need: Need = "all") 
     if spec.thinking is None and spec.experts:
         # One switch gives the control: experts teach at the thinking positions, so without those there are none.
         stages = [stage.model_copy(update={"weights": {}}) for stage in spec.stages]
-        loaded.spec = spec = spec.model_copy(update={"experts": {}, "stages": stages})
+        cache = spec.cache.model_copy(update={"names": [name for name in spec.cache.names if name == "tower"]})
+        loaded.spec = spec = spec.model_copy(update={"experts": {}, "stages": stages, "cache": cache})
         loaded.notes.append("thinking is off: no expert is used, and the answers alone are learnt")
     problems = [
         *_resolve(loaded, reader, need),
@@ -138,7 +139,8 @@ def _drop_unused(loaded: LoadedSpec) -> None:
     used = {name for stage in spec.stages for name in stage.active}
     stages = [s.model_copy(update={"weights": {k: w for k, w in s.weights.items() if k in used}}) for s in spec.stages]
     experts = {name: expert for name, expert in spec.experts.items() if name in used}
-    loaded.spec = spec.model_copy(update={"experts": experts, "stages": stages})
+    cache = spec.cache.model_copy(update={"names": [n for n in spec.cache.names if n == "tower" or n in used]})
+    loaded.spec = spec.model_copy(update={"experts": experts, "stages": stages, "cache": cache})
     for place in list(loaded.chosen):
         if place != "backbone" and place.partition(".")[2] not in used:
             del loaded.chosen[place]
@@ -237,5 +239,9 @@ def _check_stages(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:
             yield reader.say((*at, "warmup_steps"), f"more than the stage's {stage.steps} steps")
         if stage.name in [s.name for s in spec.stages[:i]]:
             yield reader.say((*at, "name"), f"{stage.name!r} is taken by an earlier stage")
+    for i, name in enumerate(spec.cache.names):
+        if name != "tower" and name not in spec.experts:
+            at_name: Path_ = ("cache", "names", i) if ("cache", "names", i) in reader.lines else ("cache",)
+            yield reader.say(at_name, f"no expert is called {name!r}{near(name, [*spec.experts, 'tower'])}")
     for name in sorted(set(spec.experts) - used):
         loaded.notes.append(f"expert {name!r} is active in no stage, so it is not loaded")

@@ -22,24 +22,26 @@ from torch.utils.tensorboard import SummaryWriter
 
 from coatkit import checkpoint
 from coatkit.build import build
-from coatkit.checkpoint import Moments, Position
+from coatkit.checkpoint import Position
 from coatkit.data.batches import BatchPlan
 from coatkit.data.rows import Message, Row, Rows
 from coatkit.data.scan import Scan, scan
 from coatkit.data.sources import open_data
 from coatkit.data.steps import Batch, Step, StepDataset, load_batch
 from coatkit.errors import DataError, RunError
+from coatkit.features import open_stores
 from coatkit.model import CoatModel
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
-from coatkit.parallel import Team, summed
+from coatkit.parallel import Learner, Team, summed
 from coatkit.progress import TrainingProgress
 from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
-from coatkit.sharding import whole
 from coatkit.spec import StageSpec
 from coatkit.spec_data import SourceSpec
 from coatkit.spec_file import LoadedSpec
+from coatkit.store import Store
 from coatkit.thinking import IGNORE
+from coatkit.zero import Moments
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Session:
     run: RunFolder
     sources: dict[str, tuple[Rows, Scan]]
     stop: Stop
+    stores: dict[str, Store] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
     moments: Moments = field(default_factory=dict)  # of what no optimizer holds now; shards where parameters are
     bad_rows: set[str] = field(default_factory=set)
@@ -91,10 +94,11 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     model = build(loaded, str(team.device))
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
+    stores = open_stores(loaded, model)
     sources = _read_data(loaded, model, team)
     record = describe(loaded, model, sources)
     with Stop() as stop, _deterministic(team.device):
-        session = Session(loaded, team, model, run, sources, stop)
+        session = Session(loaded, team, model, run, sources, stop, stores)
         # One looks for all: another might look when the first has begun to write.
         if team.gather(resume and run.record.exists())[0]:
             team.once(lambda: run.check_same(loaded.resolved(), record))
@@ -137,7 +141,8 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         head.requires_grad_(name in stage.active or team.shards)  # a sharded model keeps what it was sharded with
     wrapped = team.spread(model, model.backbone.units())
     groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
+    adamw = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
+    wrapped, optimizer = team.divide(wrapped, adamw, named, spec.optimizer.clip_norm)
     checkpoint.set_moments(optimizer, named, session.moments)
     checkpoint.rest_moments(model.named_parameters(), session.moments)
     model.train()
@@ -147,8 +152,8 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * shape
-        terms = _accumulate(session, wrapped, step, stage)
-        norm = float(whole(team.accelerator.clip_grad_norm_(named.values(), spec.optimizer.clip_norm)))
+        terms = _accumulate(session, wrapped, optimizer, step, stage)
+        norm = team.clip(optimizer, named.values(), spec.optimizer.clip_norm)
         healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
         if healthy:
             optimizer.step()
@@ -170,15 +175,17 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         stopping = any(team.gather(session.stop.asked))
         last = position.stage_step == stage.steps
         if last or stopping or position.stage_step % spec.checkpoint.every == 0:
-            moments = session.moments | checkpoint.optimizer_moments(optimizer, named)
+            moments = session.moments | checkpoint.optimizer_moments(optimizer, named, keep=team.leads)
             if last:
                 position.stage, position.stage_step = position.stage + 1, 0
                 session.moments = moments = {} if spec.optimizer.between_stages == "reset" else moments
             _save(session, moments)
+            if last and team.zero_stage and (newest := session.run.latest()):
+                session.moments, _ = checkpoint.load_moments(newest)  # only the process that wrote them has them
         if stopping:
             session.stop.asked = True
             break
-    team.release()
+    team.release(optimizer)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,9 @@ def _agree(session: Session, share: Step) -> TeamStep:
     return TeamStep(share.batches, [i for ids in row_ids for i in ids], sum(all_answers), sum(all_thinking))
 
 
-def _accumulate(session: Session, wrapped: nn.Module, step: TeamStep, stage: StageSpec) -> dict[str, float]:
+def _accumulate(
+    session: Session, wrapped: nn.Module, optimizer: Learner, step: TeamStep, stage: StageSpec
+) -> dict[str, float]:
     """Forward and backward of one step's batches; gives every loss term, and their weighted sum as `loss`.
 
     Each term is divided by its count over all batches and processes, so splitting a step changes memory, not the loss.
@@ -220,15 +229,15 @@ def _accumulate(session: Session, wrapped: nn.Module, step: TeamStep, stage: Sta
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         last = i == len(step.batches) - 1
-        with nullcontext() if last else team.accelerator.no_sync(wrapped):
-            losses = wrapped(batch or session.filler, stage.active if batch else (), together=team.size > 1)
+        with team.accumulating(wrapped, last):
+            losses = wrapped(batch or session.filler, stage.active if batch else (), together=team.together)
             if batch is None:  # nothing of the filler counts, but its layers were called, as other processes expect
                 losses.nothing, losses.sums = losses.nothing + 0.0 * losses.sums.pop("ce", 0.0), {}
             means = {k: v / max(1, step.answers if k == "ce" else step.thinking) for k, v in losses.sums.items()}
             loss = losses.nothing + sum(weights[k.partition(".")[0]] * v for k, v in means.items())
             if loss.requires_grad:  # rows of text alone teach nothing where only projector and heads learn
                 # Gradients are averaged over processes, and the counts already run over all of them.
-                team.accelerator.backward(loss * team.size)
+                team.backward(loss * team.size, optimizer, last=last)
         for name, value in means.items():
             terms[name] = terms.get(name, 0) + value.detach().float()
     found = summed(team.gather({name: float(value) for name, value in terms.items()}))
@@ -240,7 +249,8 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     spec, position = session.loaded.spec, session.position
     rows, found = session.sources[session.loaded.rows_of(stage).model_dump_json()]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
-    rates = {session.model.experts[name].sample_rate for name in stage.active}
+    stores = {name: store for name, store in session.stores.items() if name in stage.active or name == "tower"}
+    rates = {session.model.experts[name].sample_rate for name in stage.active if name not in stores}
     dataset = StepDataset(
         rows,
         found.good,
@@ -250,6 +260,7 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         spec.data,
         session.team.rank,
         session.team.size,
+        stores,
     )
     return DataLoader(
         dataset,
@@ -269,7 +280,7 @@ def _read_data(loaded: LoadedSpec, model: CoatModel, team: Team) -> dict[str, tu
     for data in map(loaded.rows_of, spec.stages):
         key = data.model_dump_json()
         if key not in sources:
-            rows = open_data(data)
+            rows = open_data(data, on_bad_row=spec.data.on_bad_row, max_bad_rows=spec.data.max_bad_rows)
             keep = data.filter if isinstance(data, SourceSpec) else None  # a mixture is filtered when it is drawn
             share = (team.rank, team.size)
             sources[key] = (rows, scan(rows, preparer, spec.data, ratio, keep=keep, share=share, gather=team.gather))

@@ -298,7 +298,8 @@ def test_train_chooses_what_learns(
     by_name = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
     assert len(by_name) == sum(len(parameters) for parameters in found.values())
     assert any("embed_tokens" in name for name in by_name) == (train.get("tokens") == "all")
-    assert not any("embed_positions" in name or "lm_head" in name for name in by_name)
+    assert any("lm_head" in name for name in by_name) == (train.get("lm") == "full")
+    assert not any("embed_positions" in name for name in by_name)
     if "lm" in parts and train.get("lm") == "full":
         layers = {n for n, _ in backbone.model.named_parameters() if n.startswith("model.language_model.layers")}
         assert layers <= by_name

@@ -281,17 +281,28 @@ def test_moments_of_parameters_that_no_longer_learn_are_left_aside(tmp_path: Pat
     assert len(other.state) == 1
 
 
-def test_moments_given_to_an_optimizer_are_copied() -> None:
+def test_moments_given_to_an_optimizer_are_handed_over() -> None:
+    """The optimizer gets copies of its own, and what it took is kept nowhere else."""
     model = Model()
     optimizer, named = learner(model)
     learn(model, optimizer, 1)
-    moments = {
-        name: {key: tensor.clone() for key, tensor in part.items()}
-        for name, part in checkpoint.optimizer_moments(optimizer, named).items()
-    }
-    before = moments["body.weight"]["exp_avg"].clone()
+    moments = checkpoint.optimizer_moments(optimizer, named)
+    moments["asleep"] = {"exp_avg": torch.ones(2)}
+    held = moments["body.weight"]["exp_avg"]
+    before = held.clone()
     fresh, named = learner(model)
     checkpoint.set_moments(fresh, named, moments)
+    assert set(moments) == {"asleep"}
     learn(model, fresh, 1)
     assert not torch.equal(fresh.state[model.body.weight]["exp_avg"], before)
-    assert torch.equal(moments["body.weight"]["exp_avg"], before)
+    assert torch.equal(held, before)
+
+
+def test_a_process_that_does_not_write_keeps_nothing() -> None:
+    model = Model()
+    optimizer, named = learner(model)
+    learn(model, optimizer, 1)
+    moments = checkpoint.optimizer_moments(optimizer, named)
+    assert set(checkpoint.gathered(moments)) == set(moments) == set(named)
+    assert checkpoint.gathered(moments, keep=False) == {}
+    assert checkpoint.learned(model, names_of(model), keep=False) == {}

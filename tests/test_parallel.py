@@ -18,10 +18,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from coatkit.errors import RunError
+from coatkit.parallel import Team
 
-def launch(spec: Path, *overrides: str, processes: int = 2, resume: bool = False, **environment: str) -> Any:
-    """`coatkit train` under torchrun, as a process to wait for."""
-    code = "import torch; torch.set_num_threads(1); from coatkit.cli import main; main()"
+
+def launch(
+    spec: Path, *overrides: str, processes: int = 2, resume: bool = False, first: str = "", **environment: str
+) -> Any:
+    """`coatkit train` under torchrun, as a process to wait for; `first` is code that each process runs before."""
+    code = f"import torch; torch.set_num_threads(1)\n{first}\nfrom coatkit.cli import main; main()"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     command += [f"--nproc-per-node={processes}", sys.executable, "-c", code, "train", str(spec)]
     command += [word for override in overrides for word in ("--set", override)] + (["--resume"] if resume else [])
@@ -135,6 +140,88 @@ def test_resuming_on_two_processes_or_on_one_goes_on_as_before(
     same_curves(metrics(left), alone.metrics)
 
 
+WATCH = """
+import gc, json, os, weakref
+from torch.distributed.tensor import DTensor
+from coatkit import checkpoint, trainer
+
+def held():
+    # Bytes of all plain tensors that Python can reach: a shard counts, a DTensor around it does not.
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not isinstance(thing, DTensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+def watch(session, moments):
+    gc.collect()
+    before, most, sizes, gathered = held(), 0, [], []
+    def whole(tensor):
+        nonlocal most
+        complete = true_whole(tensor)
+        sizes.append(complete.nbytes)
+        if isinstance(tensor, DTensor):
+            gathered.append(weakref.ref(complete))
+        most = max(most, sum(one() is not None for one in gathered))
+        return complete
+    checkpoint.whole = whole
+    true_save(session, moments)
+    del moments
+    gc.collect()
+    asleep = [t for state in session.moments.values() for k, t in state.items() if k != "step"]
+    said = {"rank": session.team.rank, "most": most, "left": held() - before, "largest": max(sizes), "all": sum(sizes)}
+    said |= {"asleep": len(asleep), "sharded": sum(isinstance(t, DTensor) for t in asleep)}
+    with open(os.environ["WATCHED"] + str(session.team.rank), "a") as stream:
+        stream.write(json.dumps(said) + "\\n")
+
+true_whole, true_save = checkpoint.whole, trainer._save
+trainer._save = watch
+"""
+
+
+@pytest.fixture(scope="module")
+def keeping(new_project: Callable[[], Any]) -> Any:
+    """Moments are kept between three stages, and a head sleeps through the second."""
+    made = new_project()
+    both = {"audio": 0.5, "level": 2.0}
+    made.spec["stages"] = [
+        {"name": name, "steps": 2, "lr": 2e-3, "batch": {"rows": 5}, "weights": weights}
+        for name, weights in (("one", both), ("two", {"audio": 1.0}), ("three", both))
+    ]
+    made.spec["checkpoint"] = {"every": 1, "keep": 100}
+    made.spec["optimizer"] = {"between_stages": "keep"}
+    made.write()
+    return made
+
+
+def test_moments_kept_between_stages_stay_sharded_and_no_process_holds_the_whole(keeping: Any) -> None:
+    """A checkpoint is gathered tensor by tensor: the process that does not write never holds two of them."""
+    alone = keeping.train("output=alone")
+    spec, watched = keeping.folder / "spec.yaml", keeping.folder / "watched"
+    how = {"ACCELERATE_USE_FSDP": "true", "WATCHED": str(watched)}
+    finish(launch(spec, "output=sharded", first=WATCH, **how))
+    same_curves(metrics(keeping.folder / "sharded"), alone.metrics)
+    left = keeping.folder / "left"
+    (left / "checkpoints").mkdir(parents=True)
+    for name in ("run.json", "spec.yaml", "metrics.jsonl"):
+        (left / name).write_bytes((keeping.folder / "sharded" / name).read_bytes())
+    # In the second stage: what sleeps is read from the checkpoint, and must reach the third.
+    (keeping.folder / "sharded/checkpoints/step-00000003").rename(left / "checkpoints/step-00000003")
+    finish(launch(spec, "output=left", resume=True, first=WATCH, **how))
+    same_curves(metrics(left), alone.metrics)
+    for rank in (0, 1):
+        seen = [json.loads(line) for line in Path(f"{watched}{rank}").read_text().splitlines()]
+        assert len(seen) == 6 + 3
+        assert {line["rank"] for line in seen} == {rank}
+        assert all(line["asleep"] == line["sharded"] for line in seen)
+        assert {line["asleep"] > 0 for line in seen} == {True, False}
+        for line in seen:
+            assert line["all"] > 10 * line["largest"]  # else this would show nothing
+            assert line["left"] < line["largest"]
+            assert line["most"] == 1 if rank else line["most"] > 10
+
+
 def test_a_bad_row_of_one_process_stops_both_with_its_name(project: Any) -> None:
     victim = project.folder / "clips/r05.flac"
     kept = victim.read_bytes()
@@ -183,9 +270,25 @@ def test_a_signal_to_one_process_saves_and_ends_both(project: Any) -> None:
     assert json.loads((newest / "state.json").read_text())["step"] == steps
 
 
-def test_deepspeed_is_refused_with_what_to_use(project: Any) -> None:
-    process = launch(project.folder / "spec.yaml", "output=zero", processes=1, ACCELERATE_USE_DEEPSPEED="true")
-    assert "accelerate launch --use_fsdp" in finish(process, expected=3)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "accelerate launch --use_fsdp"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--zero_stage 1 or 2"),
+        ({}, "pip install 'coatkit[deepspeed]'"),
+    ],
+)
+def test_deepspeed_that_cannot_be_is_refused_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], said: str
+) -> None:
+    """tests/test_deepspeed.py is for where it is installed."""
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **settings}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(RunError) as caught:
+        Team()
+    assert said in str(caught.value)
 
 
 def test_the_spec_is_written_whole(shared: tuple[str, Path, str], alone: Any) -> None:

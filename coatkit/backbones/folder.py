@@ -93,6 +93,13 @@ def add_thinking_tokens(tokenizer: Any, model: Any) -> None:
             rows[start : start + len(TOKENS)] = rows[:start].mean(0, dtype=torch.float32).to(rows.dtype)
 
 
+def with_thinking_tokens(config: Any, tokenizer: Any) -> Any:
+    """A configuration with as many rows as `add_thinking_tokens` leaves the model, for planning."""
+    missing = sum(token not in tokenizer.get_vocab() for token in TOKENS)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer) + missing)
+    return config
+
+
 @contextmanager
 def transformers_quiet() -> Iterator[None]:
     """Keep transformers' progress bars and loading reports off the terminal; `check_loaded` reads the reports."""

@@ -9,7 +9,6 @@ rows, the decoder's input shows what the language model consumes, the tower's ou
 from __future__ import annotations
 
 import re
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
 
+from coatkit.backbones.adapters import add_adapters, merge
 from coatkit.backbones.options import BackboneOptions
 from coatkit.backbones.preparer import HFPreparer as HFPreparer
+from coatkit.backbones.quantize import fingerprint, quantize
 from coatkit.errors import DataError, PluginError
+from coatkit.losses import projected_cross_entropy
 from coatkit.protocols import Backbone, BackboneAudio, Inputs, Output, Sketch
 from coatkit.spec import ThinkingSpec
 from coatkit.thinking import IGNORE, gather
@@ -53,6 +56,10 @@ class ThinkingRows(nn.Module):
         return torch.where(ours[..., None], rows, embedded)
 
 
+class _HeardError(Exception):
+    """The audio has been heard, and no more is wanted of this pass."""
+
+
 class HFBackbone(Backbone):
     """Base of backbones made from a transformers audio language model.
 
@@ -74,6 +81,8 @@ class HFBackbone(Backbone):
     """May lie inside the tower."""
     tower_output_path: ClassVar[str] = ""
     """Module whose output is the tower's own, where the tower goes on to project it; the tower itself when empty."""
+    packs_sounds: ClassVar[bool] = False
+    """Whether the tower takes sounds of unlike lengths without padding; for planning."""
 
     def __init__(self, *, thinking: ThinkingSpec | None = ThinkingSpec(), **options: Any) -> None:  # noqa: B008
         self.thinking = thinking
@@ -82,7 +91,8 @@ class HFBackbone(Backbone):
         self._embeds: Tensor | None = None
         self._tower: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._project_directly = False
+        self._only_hearing = False
+        self._made_small_from: str | None = None  # None, too, in a sketch, where nothing is quantised
 
     @abstractmethod
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
@@ -101,7 +111,10 @@ class HFBackbone(Backbone):
         raise PluginError(f"{type(self).__name__} gives no plan_config, so `coatkit plan` cannot count it")
 
     def load(self, device: torch.device) -> None:
-        stock, self.preparer = self.build(DTYPES[self.options.dtype])
+        dtype, mode = DTYPES[self.options.dtype], self.options.quantize
+        stock, self.preparer = self.build(dtype)
+        if mode != "none":
+            self._made_small_from = quantize(stock.get_submodule(self.language_model_path), mode, dtype, device)
         self._adopt(stock.to(device), self.preparer.tokens.start)
         # A published folder may ask for sampling or a repetition penalty, which would act on greedy answers too.
         kept = {name: getattr(stock.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -115,11 +128,23 @@ class HFBackbone(Backbone):
         # A tokenizer would have to be fetched; experts bind to the two rates only.
         rates: Any = SimpleNamespace(sample_rate=HFPreparer.sample_rate, frame_rate=HFPreparer.frame_rate)
         self.preparer = rates
+        frozen: dict[str, int] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                frozen[self._part(name)] = frozen.get(self._part(name), 0) + parameter.numel()
+        tower, output = [*self.tower.parameters()], stock.get_output_embeddings().weight
+        inputs = [*tower, *self.projector.parameters(), self.thinking_rows.rows, stock.get_input_embeddings().weight]
         return Sketch(
             decoder=self.language_model,
-            vocabulary=int(stock.get_output_embeddings().weight.shape[0]),
+            vocabulary=int(output.shape[0]),
             tower_flops=self.tower_flops,
-            tower_learns=self.options.train.tower == "full",
+            tower_backward=self.tower_backward,
+            dtype=DTYPES[self.options.dtype],
+            input_learns=any(p.requires_grad for p in inputs),
+            output_learns=output.requires_grad,
+            tower_window=None if self.packs_sounds else self.window_seconds,
+            tower_kept=self._tower_kept() if any(p.requires_grad for p in tower) else 0.0,
+            frozen=frozen,
         )
 
     def tower_flops(self, seconds: float) -> float:
@@ -128,25 +153,45 @@ class HFBackbone(Backbone):
         The tower is a Whisper encoder: 100 mel frames a second, halved by its second convolution, and attention within
         windows of `window_seconds`.
         """
-        mel, frames, tokens = 100 * seconds, 50 * seconds, 25 * seconds
-        total, width = 0.0, 0
-        for name, layer in self.tower.named_modules():
-            if isinstance(layer, nn.Conv1d):
-                taps = layer.in_channels * layer.out_channels * layer.kernel_size[0] / layer.groups
-                total += 2 * taps * (mel if layer.stride[0] == 1 else frames)
-            elif isinstance(layer, nn.Linear):
-                inside = ".layers." in f".{name}"
-                total += 2 * layer.in_features * layer.out_features * (frames if inside else tokens)
-                if name.endswith("q_proj") or name.endswith(".q"):
-                    width += layer.out_features
+        return sum(forward for forward, _ in self._audio_work(seconds))
+
+    def tower_backward(self, seconds: float) -> float:
+        """The same for the way back: once for weights that learn, once for inputs that something learnt has made."""
+        return sum(backward for _, backward in self._audio_work(seconds))
+
+    def _audio_work(self, seconds: float) -> Iterator[tuple[float, float]]:
+        """Operations of one layer after the other on one sound, forward and backward."""
+        tokens = 25 * seconds
         windows, rest = divmod(seconds, self.window_seconds)
         squares = windows * (50 * self.window_seconds) ** 2 + (50 * rest) ** 2
-        total += 4 * width * squares
-        if not self.projector_path.startswith(self.tower_path):
-            for layer in self.projector.modules():
-                if isinstance(layer, nn.Linear):
-                    total += 2 * layer.in_features * layer.out_features * tokens
-        return total
+        named = [(f"{self.tower_path}.{name}", layer) for name, layer in self.tower.named_modules()]
+        named = [pair for pair in named if not pair[0].startswith(self.projector_path)]
+        named += [(f"{self.projector_path}.{name}", layer) for name, layer in self.projector.named_modules()]
+        made = before = False
+        group, heads = "", 0
+        for name, layer in named:
+            if not isinstance(layer, nn.Conv1d | nn.Linear):
+                continue
+            place = re.sub(r"\.(base_layer|lora_[AB]\..*)$", "", name)
+            if (new := re.sub(r"\.[qkv](_proj)?$", ".qkv", place)) != group:  # what has one input, so learns from one
+                yield 4.0 * heads * squares, 8.0 * heads * squares * made
+                group, before, heads = new, made, 0
+            taps = float(layer.weight[0].numel() * layer.weight.shape[0])
+            if isinstance(layer, nn.Conv1d):
+                frames = 100 * seconds if layer.stride[0] == 1 else 50 * seconds
+            else:
+                frames = 50 * seconds if ".layers." in name else tokens
+            if re.search(r"\.q(_proj)?(\.base_layer)?$", name):
+                heads = layer.weight.shape[0]
+            forward = 2 * taps * frames
+            yield forward, forward * (layer.weight.requires_grad + (before or ".lora_B." in name))
+            made = made or layer.weight.requires_grad
+
+    def _tower_kept(self) -> float:
+        """Bytes per second of sound that a tower that learns keeps, about: what goes into each layer, and comes out."""
+        widths = [sum(m.weight.shape[:2]) for m in self.tower.modules() if isinstance(m, nn.Linear | nn.Conv1d)]
+        norms = [2 * m.weight.shape[0] for m in self.tower.modules() if isinstance(m, nn.LayerNorm)]
+        return 50.0 * DTYPES[self.options.dtype].itemsize * (sum(widths) + sum(norms))
 
     def _adopt(self, stock: Any, first_token: int) -> None:
         """Take the stock model: freeze it, choose what learns in it, and put the hooks on."""
@@ -155,7 +200,6 @@ class HFBackbone(Backbone):
         model.requires_grad_(False)
         self.language_model = model.get_submodule(self.language_model_path)
         self.tower = model.get_submodule(self.tower_path)
-        self.projector = model.get_submodule(self.projector_path)
         embedding: Any = model.get_input_embeddings()
         self.hidden_size = int(embedding.weight.shape[1])
         self._choose_what_learns(embedding, first_token)
@@ -170,15 +214,19 @@ class HFBackbone(Backbone):
 
     def _choose_what_learns(self, embedding: Any, first_token: int) -> None:
         train, model = self.options.train, self.stock
-        if train.lm == "lora":
-            self._add_lora()
-        elif train.lm == "full":
+        paths = {"lm": self.language_model_path, "tower": self.tower_path, "projector": self.projector_path}
+        self.peft = add_adapters(model, self.options, paths)
+        self.projector = model.get_submodule(self.projector_path)  # an adapter may stand in its place
+        if train.lm == "full":
             self.language_model.requires_grad_(True)
-            embedding.requires_grad_(False)
-        for name, parameter in self.tower.named_parameters():
-            parameter.requires_grad_(train.tower == "full" and "embed_positions" not in name)
-        self.projector.requires_grad_(train.projector == "full")  # after the tower, which may hold it
+        if train.tower == "full":
+            for name, parameter in self.tower.named_parameters():
+                parameter.requires_grad_("embed_positions" not in name)
+        for name, parameter in self.projector.named_parameters():  # after the tower, which may hold it
+            parameter.requires_grad_(train.projector == "full" or "lora_" in name)
         embedding.requires_grad_(train.tokens == "all")
+        if train.lm == "full":  # where the output matrix is the embedding itself, that learns too
+            model.get_output_embeddings().requires_grad_(True)
         rows = ThinkingRows(embedding.weight, first_token).to(embedding.weight.device)
         rows.requires_grad_(train.tokens != "none" and self.thinking is not None)
         self.thinking_rows = model.thinking_rows = rows
@@ -186,33 +234,20 @@ class HFBackbone(Backbone):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # what learns stays in float32; autocast narrows per operation
 
-    def _add_lora(self) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = self.options.lora
-        names = "|".join(re.escape(name) for name in lora.targets)
-        # Anchored to the language model: bare names would reach the audio tower too.
-        pattern = rf"{re.escape(self.language_model_path)}\.layers\.\d+\.(.*\.)?({names})"
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
-        try:
-            with warnings.catch_warnings():  # peft still reads a property that transformers renames
-                warnings.simplefilter("ignore", FutureWarning)
-                self.peft = get_peft_model(self.model, config)
-        except ValueError as error:
-            raise PluginError(f"lora.targets {lora.targets} fit no layer of the language model: {error}") from None
-
     def _hook(self, embedding: nn.Module) -> None:
         def add_rows(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             return self.thinking_rows.replace(args[0], output)
 
         def see_embeds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._embeds = kwargs.get("inputs_embeds")
+            if self._only_hearing:
+                raise _HeardError
 
         def see_tower(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._tower = output if isinstance(output, Tensor) else output.last_hidden_state
 
         def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._project_directly:
+            if args[0].ndim == 2:  # states chosen by _cross_entropy
                 return None
             self._hidden = args[0]
             return (args[0][:, -1:], *args[1:])
@@ -237,7 +272,7 @@ class HFBackbone(Backbone):
         self._check_placeholders(inputs)
         device = next(self.model.parameters()).device
         inputs = inputs.to(device)
-        with self._capturing(), self._narrowed(device):
+        with self._capturing(), self._narrowed(device), self._told(inputs):
             self.model(**self._cast(inputs.tokens), use_cache=False)
             hidden, embeds, tower = self._hidden, self._embeds, self._tower
             assert hidden is not None
@@ -250,6 +285,57 @@ class HFBackbone(Backbone):
             thinking=gather(hidden, inputs.audio_row, inputs.think_index) if blocks else None,
             audio=self._audio(inputs, embeds, tower) if heard else None,
         )
+
+    @torch.no_grad()
+    def hear(self, inputs: Inputs) -> Tensor:
+        self._check_placeholders(inputs)
+        device = next(self.model.parameters()).device
+        inputs = inputs.to(device)
+        with self._capturing(), self._narrowed(device):
+            self._only_hearing = True
+            try:
+                self.model(**self._cast(inputs.tokens), use_cache=False)
+            except _HeardError:  # raised where the language model would begin
+                pass
+            finally:
+                self._only_hearing = False
+            heard = self._audio(inputs, self._embeds, self._tower)
+        assert heard.tower is not None
+        return heard.tower
+
+    def tower_output(self, frames: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """The inverse of `tower_frames`: what the tower's forward gives, from its frames at the audio tokens.
+
+        Args:
+            frames: [sum of audio tokens, d_tower].
+        """
+        if self.tower_output_path:  # the tower packs its sounds and projects them itself
+            projected: Tensor = self.projector(frames)
+            return projected
+        windows, _, mel = tokens["input_features"].shape
+        length = ((mel - 1) // 2 + 1 - 2) // 2 + 1
+        numbers = torch.arange(windows * length, dtype=torch.float64, device=frames.device)
+        places = self.tower_frames(numbers.view(windows, length, 1), tokens).long().flatten()
+        out = frames.new_zeros(windows * length, frames.shape[1])
+        out[places] = frames
+        return out.view(windows, length, -1)
+
+    @contextmanager
+    def _told(self, inputs: Inputs) -> Iterator[None]:
+        """Where the inputs hold the tower's frames, give them in place of running it."""
+        if inputs.tower is None:
+            yield
+            return
+        inside = torch.arange(inputs.tower.shape[1], device=inputs.tower.device) < inputs.audio_lengths[:, None]
+        frames = inputs.tower[inside].to(DTYPES[self.options.dtype])
+        output = BaseModelOutput(last_hidden_state=self.tower_output(frames, inputs.tokens))
+        self.tower.forward = lambda *args, **kwargs: output
+        try:
+            if self.tower_output_path:  # its hook will not be called
+                self._tower = frames
+            yield
+        finally:
+            del self.tower.forward
 
     def _check_placeholders(self, inputs: Inputs) -> None:
         """Some models scatter a wrong number of features without a word; never rely on them to check."""
@@ -265,12 +351,9 @@ class HFBackbone(Backbone):
             return hidden.new_zeros(()), 0
         wanted = labels[:, 1:] != IGNORE
         # Logits at answer positions only: with a 150 k vocabulary the rest would be most of the step's memory.
-        self._project_directly = True
-        try:
-            logits = self.stock.get_output_embeddings()(hidden[:, :-1][wanted])
-        finally:
-            self._project_directly = False
-        return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
+        project = self.stock.get_output_embeddings()
+        total = projected_cross_entropy(hidden[:, :-1][wanted], labels[:, 1:][wanted], project)
+        return total, int(wanted.sum())
 
     def _audio(self, inputs: Inputs, embeds: Tensor | None, tower: Tensor | None) -> BackboneAudio:
         assert embeds is not None
@@ -325,26 +408,32 @@ class HFBackbone(Backbone):
         finally:
             self._embeds = self._tower = self._hidden = None
 
+    def fingerprint(self) -> str:
+        small = self._made_small_from
+        return super().fingerprint() if small is None else fingerprint(self.model, small)
+
+    def merge(self) -> None:
+        """Put the adapters into the weights, for good; a quantised language model takes plain weights of `dtype`."""
+        merge(self.model, DTYPES[self.options.dtype])
+
     def units(self) -> list[nn.Module]:
         # Not the tower's layers: a process whose rows have no sound does not call them.
         return list(self.language_model.layers)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
-        embedding = self.stock.get_input_embeddings().weight
+        embedding, every = self.stock.get_input_embeddings().weight, self.options.train.tokens == "all"
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                part = "tokens" if parameter is embedding else self._part(name)
+                part = "tokens" if parameter is embedding and every else self._part(name)
                 found.setdefault(part, []).append(parameter)
         return found
 
     def _part(self, name: str) -> str:
-        if "lora_" in name:
-            return "lora"
         if name.startswith("thinking_rows"):
             return "tokens"
         if name.startswith(self.projector_path):
             return "projector"
         if name.startswith(self.tower_path):
             return "tower"
-        return "lm"
+        return "lora" if "lora_" in name else "lm"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class LoraOptions(BaseModel):
-    """Low-rank adapters on the language model (paper: rank 16, alpha 32)."""
+    """Low-rank adapters, on the language model unless `train` says otherwise (paper: rank 16, alpha 32)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,9 +28,13 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lm: Literal["lora", "full", "none"] = Field("lora", description="language model")
-    projector: Literal["full", "none"] = Field("none", description="projector from audio tower to language model")
-    tower: Literal["full", "none"] = Field("none", description="audio tower (paper: frozen)")
+    lm: Literal["lora", "full", "none"] = Field(
+        "lora", description="language model; full: its layers, final norm and output matrix"
+    )
+    projector: Literal["lora", "full", "none"] = Field(
+        "none", description="projector from audio tower to language model"
+    )
+    tower: Literal["lora", "full", "none"] = Field("none", description="audio tower (paper: frozen)")
     tokens: Literal["new", "all", "none"] = Field("new", description="embedding rows: the three new ones, all, or none")
 
 
@@ -43,3 +48,18 @@ class BackboneOptions(BaseModel):
     train: TrainOptions = TrainOptions()
     gradient_checkpointing: bool = Field(False, description="recompute language-model layers in the backward pass")
     weights: str = Field("default", description="`default`, `random` (tests only; announced), or a local folder")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="hold the language model's frozen layers in 8 or 4 bits (QLoRA; needs coatkit[qlora])"
+    )
+
+    @field_validator("quantize")
+    @classmethod
+    def _can_be_quantized(cls, mode: str, info: ValidationInfo) -> str:
+        train = info.data.get("train")  # missing when it is wrong itself
+        if mode == "none":
+            return mode
+        if train is not None and train.lm == "full":
+            raise ValueError("weights of 8 or 4 bits cannot be learnt; with it, train.lm must be lora or none")
+        if find_spec("bitsandbytes") is None:
+            raise ValueError("it needs bitsandbytes, which is not installed; pip install 'coatkit[qlora]'")
+        return mode

@@ -6,19 +6,22 @@ number of workers gives the same items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
 from coatkit.data.rows import Row, Rows, learning
-from coatkit.errors import DataError
+from coatkit.errors import DataError, RunError
 from coatkit.protocols import AudioBatch, Inputs, Preparer
 from coatkit.spec_data import DataSpec
+from coatkit.store import Store, sound_key
 
 
 @dataclass
@@ -28,10 +31,12 @@ class Batch:
     Attributes:
         inputs: What the backbone takes.
         audio: The same sounds at every sample rate (Hz) an expert asked for; empty when no row has sound.
+        stored: Aligned features [A, M, dim] of the experts that are read from the feature store.
     """
 
     inputs: Inputs
     audio: dict[int, AudioBatch]
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,14 +55,26 @@ class Step:
     """Passes over the rows done when this step is."""
 
 
-def load_batch(rows: Sequence[Row], preparer: Preparer, rates: Iterable[int], max_seconds: float, train: bool) -> Batch:
+def load_batch(
+    rows: Sequence[Row],
+    preparer: Preparer,
+    rates: Iterable[int],
+    max_seconds: float,
+    train: bool,
+    stores: Mapping[str, Store] | None = None,
+) -> Batch:
     """Read the rows' sounds once, resample once per rate, and prepare the backbone's inputs.
+
+    Args:
+        stores: By expert, and `tower` for the audio tower: where features are read in place of being computed.
 
     Raises:
         DataError: Naming the row and file.
+        RunError: If a sound is not in a store; names the command that puts it there.
     """
     wanted = {preparer.sample_rate, *rates}
     waves: dict[int, list[sound.Samples]] = {rate: [] for rate in wanted}
+    kept: dict[str, list[Tensor]] = {name: [] for name in stores or {}}
     for row in rows:
         for ref in row.audios:
             try:
@@ -66,9 +83,33 @@ def load_batch(rows: Sequence[Row], preparer: Preparer, rates: Iterable[int], ma
                 raise row.fail(str(error)) from None
             for to in wanted:
                 waves[to].append(sound.resample(samples, rate, to))
+            key = sound_key(samples, rate) if kept else ""
+            for name, store in (stores or {}).items():
+                frames = store.frames(key)
+                if frames is None:
+                    raise RunError(
+                        f"{row.where} (row {row.id}): {ref} is not among the {len(store):,} sounds of {name!r} in the"
+                        f" feature store ({store.folder}); add what is missing with: coatkit cache SPEC"
+                    )
+                kept[name].append(frames)
     audio = {rate: AudioBatch.from_arrays(found, rate) for rate, found in waves.items() if found}
     inputs = preparer.prepare(rows, audio.get(preparer.sample_rate), train=train)
-    return Batch(inputs, audio)
+    stored = {name: _padded(name, found, inputs) for name, found in kept.items() if found}
+    inputs.tower = stored.pop("tower", None)
+    return Batch(inputs, audio, stored)
+
+
+def _padded(name: str, found: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    """Frames of several sounds as [A, M, dim], each as long as the backbone heard it, zeros behind."""
+    lengths = inputs.audio_lengths if name == "tower" else inputs.think_lengths
+    if name != "tower" and not bool(lengths.any()):
+        return torch.zeros(len(found), 0, found[0].shape[1])
+    out = torch.zeros(len(found), int(lengths.max()), found[0].shape[1])
+    for i, (frames, length) in enumerate(zip(found, lengths.tolist(), strict=True)):
+        if len(frames) < length:
+            raise RunError(f"the feature store holds {len(frames)} frames of {name!r} for a sound of {length}")
+        out[i, :length] = frames[:length]
+    return out
 
 
 class StepDataset(Dataset[Step]):
@@ -83,6 +124,7 @@ class StepDataset(Dataset[Step]):
         data: Limits and what to do with bad rows.
         rank: This device.
         world: Number of devices.
+        stores: See `load_batch`.
     """
 
     def __init__(
@@ -95,7 +137,9 @@ class StepDataset(Dataset[Step]):
         data: DataSpec,
         rank: int,
         world: int,
+        stores: Mapping[str, Store] | None = None,
     ) -> None:
+        self.stores = dict(stores or {})
         self.rows, self.good, self.plan, self.preparer = rows, good, plan, preparer
         self.rates, self.data, self.rank, self.world = frozenset(rates), data, rank, world
 
@@ -105,7 +149,7 @@ class StepDataset(Dataset[Step]):
             try:
                 rows: list[Row] = [learning(self.rows[int(self.good[i])], self.data.learn) for i in part]
                 batch = self._load(rows, out)
-            except DataError as error:
+            except (DataError, RunError) as error:
                 out.error = str(error)
                 return out
             out.batches.append(batch)
@@ -117,7 +161,7 @@ class StepDataset(Dataset[Step]):
         if not rows:
             return None
         try:
-            return load_batch(rows, self.preparer, self.rates, self.data.max_seconds, train=True)
+            return self._batch(rows)
         except DataError:
             if self.data.on_bad_row == "refuse":
                 raise
@@ -128,4 +172,7 @@ class StepDataset(Dataset[Step]):
                 kept.append(row)
             except DataError as error:
                 out.bad.append(str(error))
-        return load_batch(kept, self.preparer, self.rates, self.data.max_seconds, train=True) if kept else None
+        return self._batch(kept) if kept else None
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        return load_batch(rows, self.preparer, self.rates, self.data.max_seconds, train=True, stores=self.stores)
