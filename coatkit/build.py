@@ -11,11 +11,13 @@ import torch
 
 from coatkit.assets import require_all
 from coatkit.errors import PluginError, foreign_code
+from coatkit.features import elsewhere
 from coatkit.model import CoatModel
 from coatkit.plugins import Component
 from coatkit.protocols import Backbone, Expert, Head
 from coatkit.spec import ThinkingSpec
-from coatkit.spec_file import LoadedSpec
+from coatkit.spec_file import Chosen, LoadedSpec
+from coatkit.store import About
 
 
 @contextmanager
@@ -82,6 +84,14 @@ def load_head(
     return head
 
 
+def _unloaded(chosen: Chosen, stored: About) -> Expert:
+    """An expert that was run in another interpreter and cannot be loaded here: only its loss is used."""
+    expert: Expert = construct(chosen.component, **chosen.options)
+    expert.dim = int(stored.identity["dim"])
+    expert.fingerprint = lambda: str(stored.identity["fingerprint"])  # type: ignore[method-assign]
+    return expert
+
+
 def build(loaded: LoadedSpec, device: str) -> CoatModel:
     """Backbone, experts and heads of a spec, as at the start of training."""
     spec = loaded.spec
@@ -93,7 +103,11 @@ def build(loaded: LoadedSpec, device: str) -> CoatModel:
     heads: dict[str, Head] = {}
     for name in spec.experts:
         expert, head = loaded.chosen[f"experts.{name}"], loaded.chosen[f"heads.{name}"]
-        experts[name] = load_expert(expert.component, expert.options, backbone, device)
+        stored = elsewhere(loaded, name)
+        if stored is None:
+            experts[name] = load_expert(expert.component, expert.options, backbone, device)
+        else:
+            experts[name] = _unloaded(expert, stored)
         heads[name] = load_head(
             head.component, head.options, backbone.hidden_size, experts[name].dim, spec.seed, name
         ).to(device)

@@ -21,7 +21,6 @@ from coatkit.data.rows import AUDIO_TAG, AudioRef, Message, Row, Rows
 from coatkit.data.sources import open_data
 from coatkit.errors import DataError, foreign_code
 from coatkit.features import TOWER, about_expert, about_tower, root_of, source_of
-from coatkit.foreign import ForeignExpert
 from coatkit.model import check_features
 from coatkit.precision import exact_float32
 from coatkit.protocols import AudioBatch, Backbone, Expert, Features
@@ -77,7 +76,9 @@ class Extraction:
         CoatkitError: If a name cannot be stored, or its weights are missing.
     """
 
-    def __init__(self, loaded: LoadedSpec, names: Sequence[str], dtype: Dtype, python: Path | None, device: str) -> None:
+    def __init__(
+        self, loaded: LoadedSpec, names: Sequence[str], dtype: Dtype, python: Path | None, device: str
+    ) -> None:
         self.loaded, self.device, self._open = loaded, torch.device(device), ExitStack()
         self.root = root_of(loaded)
         self.backbone: Backbone | None = None
@@ -176,6 +177,8 @@ class Extraction:
         chosen = self.loaded.chosen[f"experts.{name}"]
         expert: Any
         if python is not None:
+            from coatkit.foreign import ForeignExpert
+
             expert = self._open.enter_context(ForeignExpert(python, chosen.component, chosen.options))
             about = about_expert(name, expert, self.rate, dtype, source_of(chosen))
         else:
@@ -235,7 +238,11 @@ class _SoundReader(Dataset[tuple[list[tuple[str, sound.Samples, float]], list[st
 
 def _read(readers: Sequence[_SoundReader], workers: int) -> Iterator[tuple[list[tuple[str, Any, float]], list[str]]]:
     for reader in readers:
-        yield from DataLoader(reader, batch_size=None, num_workers=workers)
+        yield from DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _seconds(rows: Rows) -> float:

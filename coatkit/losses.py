@@ -89,7 +89,7 @@ def projected_cross_entropy(hidden: Tensor, labels: Tensor, project: nn.Module) 
         total: Tensor = _ChunkedCrossEntropy.apply(hidden, labels, project, size)
         return total
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, tokens in zip(hidden.split(size), labels.split(size), strict=True):
+    for states, tokens in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
         total = total + checkpoint(_cross_entropy, states, tokens, project, use_reentrant=False)
     return total
 
@@ -103,8 +103,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, project: nn.Module, size: int) -> Tensor:
-        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        for states, tokens in zip(hidden.split(size), labels.split(size), strict=True):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor] = []
+        for states, tokens in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
                 loss = _cross_entropy(states, tokens, project)

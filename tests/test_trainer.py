@@ -29,7 +29,7 @@ from coatkit.optimization import group_parameters, schedule
 from coatkit.spec import StageSpec
 
 WHERE = {"step", "stage", "stage_step"}
-NUMBERS = {"ce", "audio.mse", "loss", "grad_norm", "lr", "rows", "seconds"}
+NUMBERS = {"ce", "audio.mse", "loss", "grad_norm", "lr", "rows", "seconds", "epoch"}
 
 POISON = """
 import torch

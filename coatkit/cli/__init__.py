@@ -12,6 +12,7 @@ _COMMANDS = {
     "train": "Train the stages of a spec, or continue a run.",
     "check": "Check a spec without loading torch.",
     "plan": "Say what a spec will cost: parameters, operations, memory, time.",
+    "cache": "Compute features of a spec's sounds once, and keep them.",
     "mix": "Draw the mixtures of a spec, and say what was drawn.",
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",

@@ -22,6 +22,16 @@ def command(run: Path, audio: Path, question: str, max_new_tokens: int, untraine
     Example:
       coatkit ask examples/quickstart/runs/quickstart sound.flac "Is this speech, music or noise?"
     """
+    from coatkit.data.audio import duration
+    from coatkit.data.rows import AudioRef
+    from coatkit.errors import DataError
+    from coatkit.run_folder import RunFolder
+
+    # What is wrong with the call is told before the model is loaded, which takes a while.
+    RunFolder(run).read_record()
+    duration(AudioRef(audio))
+    if not question.strip():
+        raise DataError("the question is empty")
     from coatkit.infer import load
 
     model = load(run, trained=not untrained)

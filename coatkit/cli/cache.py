@@ -98,7 +98,7 @@ def _verify(loaded: Any) -> None:
                 (folder / name).unlink()
                 click.echo(f"{folder / name}: {wrong}; removed", err=True)
     if damaged:
-        raise RunError(f"{damaged} of {shards} shards were damaged and are removed; make them again: coatkit cache SPEC")
+        raise RunError(f"{damaged} of {shards} shards were damaged and are removed; add them again: coatkit cache SPEC")
     click.echo(f"{shards} shards in {len(folders)} folders of {root}: whole")
 
 
