@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed bench-experts paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -70,6 +70,20 @@ PLACE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 # Throughput of every expert against upstream's own call, in one run; needs `make parity` before.
 bench-experts: setup
 	HOME=$(CURDIR)/.parity/home $(BIN)/python benchmarks/experts.py
+
+# Opening, planning and drawing 16 k to 1.6 M rows. Writes the table in docs/data.md.
+bench-data: setup
+	$(BIN)/python benchmarks/data.py
+
+# A training step against the bare language model and against a plain implementation; about an hour.
+bench-train: setup weights
+	$(BIN)/python benchmarks/train_step.py --write
+
+# Time to the first token with the thinking block and without; how long commands take to start.
+bench-prefill: setup weights
+	$(BIN)/python benchmarks/prefill.py
+bench-startup: setup
+	$(BIN)/python benchmarks/startup.py
 
 # A few steps with all six experts at full size; random weights, because their checkpoints are not fetched here.
 paper-experts: setup
