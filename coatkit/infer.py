@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from pydantic import BaseModel, ValidationError
 from coatkit import build, checkpoint
 from coatkit.data import audio as sound
 from coatkit.data.rows import AUDIO_TAG, AudioRef, Message, Row
+from coatkit.data.steps import load_batch
 from coatkit.errors import PluginError, RunError
 from coatkit.model import CoatModel
 from coatkit.plugins import Component, registry
-from coatkit.protocols import AudioBatch, Backbone, Expert
+from coatkit.protocols import AudioBatch, Backbone, Expert, Inputs
 from coatkit.run_folder import RunFolder
 from coatkit.spec import ThinkingSpec
 from coatkit.spec_file import load_spec
@@ -32,11 +34,41 @@ class AudioThinker:
     Attributes:
         backbone: The loaded backbone.
         name: Where it came from, for display.
+        checkpoint: The folder of what was learnt; None before training.
     """
 
-    def __init__(self, backbone: Backbone, name: str) -> None:
-        self.backbone, self.name = backbone, name
+    def __init__(self, backbone: Backbone, name: str, checkpoint: Path | None = None) -> None:
+        self.backbone, self.name, self.checkpoint = backbone, name, checkpoint
         backbone.model.eval()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps it has learnt for; 0 before training."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+
+    def answer(self, rows: Sequence[Row], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Answers to rows, decoded together: any number of turns and sounds, or text alone.
+
+        A last message from the assistant is left out; earlier ones are part of the conversation.
+
+        Args:
+            rows: As a manifest gives them.
+            options: Go to the model's `generate`, which is greedy without them.
+
+        Raises:
+            DataError: If a row's sound cannot be read, or is too short or too long to be heard; names the row.
+        """
+        if not rows:
+            return []
+        return self.backbone.generate(self.prepare(rows), max_new_tokens=max_new_tokens, **options)
+
+    def prepare(self, rows: Sequence[Row]) -> Inputs:
+        """What the backbone takes to answer these rows.
+
+        Raises:
+            DataError: As `answer`.
+        """
+        return load_batch(rows, self.backbone.preparer, (), _MAX_SECONDS, train=False).inputs
 
     def ask(self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any) -> str:
         """The answer to one question; `options` go to the model's `generate`.
@@ -50,23 +82,12 @@ class AudioThinker:
         self, questions: Sequence[tuple[AudioLike | None, str]], *, max_new_tokens: int = 64, **options: Any
     ) -> list[str]:
         """Answers to (sound, question) pairs, decoded together; a None sound asks about text alone."""
-        if not questions:
-            return []
+        rows = [_asked(i, audio, question) for i, (audio, question) in enumerate(questions)]
+        if not any(isinstance(audio, tuple) for audio, _ in questions):
+            return self.answer(rows, max_new_tokens=max_new_tokens, **options)
         preparer = self.backbone.preparer
-        rows: list[Row] = []
-        arrays: list[sound.Samples] = []
-        for i, (audio, question) in enumerate(questions):
-            where = str(audio) if isinstance(audio, str | Path) else f"question {i + 1}"
-            tag = "" if audio is None or AUDIO_TAG in question else AUDIO_TAG
-            refs = () if audio is None else (AudioRef(Path(where)),)
-            row = Row(f"question {i + 1}", (Message("user", tag + question),), refs, where)
-            if (tags := row.messages[0].content.count(AUDIO_TAG)) != len(refs):
-                raise row.fail(f"the question has {tags} {AUDIO_TAG} tags for {len(refs)} sound(s)")
-            rows.append(row)
-            if audio is not None:
-                arrays.append(self._samples(audio, row))
-        batch = AudioBatch.from_arrays(arrays, preparer.sample_rate) if arrays else None
-        inputs = preparer.prepare(rows, batch, train=False)
+        arrays = [self._samples(a, row) for (a, _), row in zip(questions, rows, strict=True) if a is not None]
+        inputs = preparer.prepare(rows, AudioBatch.from_arrays(arrays, preparer.sample_rate), train=False)
         return self.backbone.generate(inputs, max_new_tokens=max_new_tokens, **options)
 
     def _samples(self, audio: AudioLike, row: Row) -> sound.Samples:
@@ -80,11 +101,28 @@ class AudioThinker:
             if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
                 raise row.fail(f"samples must be a non-empty finite mono signal [N], got shape {samples.shape}")
         else:
-            ref = audio if isinstance(audio, AudioRef) else AudioRef(Path(audio))
-            samples, rate = sound.read(ref, _MAX_SECONDS)
+            samples, rate = sound.read(row.audios[0], _MAX_SECONDS)
         if reason := preparer.cannot_hear(samples.size / rate):
             raise row.fail(reason)
         return sound.resample(samples, rate, preparer.sample_rate)
+
+
+def _asked(number: int, audio: AudioLike | None, question: str) -> Row:
+    """A question as a row; samples in memory have a place in it that is no file."""
+    name = f"question {number + 1}"
+    where = str(audio) if isinstance(audio, str | Path | AudioRef) else name
+    refs: tuple[AudioRef, ...] = ()
+    if audio is not None:
+        refs = (audio if isinstance(audio, AudioRef) else AudioRef(Path(where)),)
+    row = Row(name, (Message("user", question),), refs, where)
+    if not question.replace(AUDIO_TAG, "").strip():
+        raise row.fail("the question is empty")
+    tags = question.count(AUDIO_TAG)
+    if refs and not tags:
+        return replace(row, messages=(Message("user", AUDIO_TAG + question),))
+    if tags != len(refs):
+        raise row.fail(f"the question has {tags} {AUDIO_TAG} tags for {len(refs)} sound(s)")
+    return row
 
 
 def load(run: str | Path, *, trained: bool = True, device: str | None = None) -> AudioThinker:
@@ -103,18 +141,18 @@ def load(run: str | Path, *, trained: bool = True, device: str | None = None) ->
     loaded = load_spec(folder.spec, need="backbone")
     chosen = loaded.chosen["backbone"]
     backbone = build.load_backbone(
-        chosen.component, chosen.options, loaded.spec.thinking, loaded.spec.seed, device or best_device()
+        chosen.component, chosen.options, loaded.spec.thinking, loaded.spec.seed, _device(device)
     )
     if backbone.fingerprint() != record.get("backbone", {}).get("fingerprint"):
         raise RunError(f"{folder.path}: the backbone's weights are not those the run was trained on")
+    newest = folder.latest() if trained else None
     if trained:
-        newest = folder.latest()
         if newest is None:
             raise RunError(f"{folder.path}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
         model = CoatModel(backbone, {}, {})
         names = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
         checkpoint.load_model(newest, model, names, ignore="heads.")
-    return AudioThinker(backbone, str(folder.path) if trained else f"{folder.path} (untrained)")
+    return AudioThinker(backbone, str(folder.path) if trained else f"{folder.path} (untrained)", newest)
 
 
 def load_backbone(
@@ -143,7 +181,7 @@ def load_backbone(
         settings = None if thinking in (None, "off") else ThinkingSpec.model_validate(thinking)
     except ValidationError as error:
         raise PluginError(f"thinking: {_problems(error)}; give 'off' or a ThinkingSpec") from None
-    return build.load_backbone(component, checked, settings, seed, device or best_device())
+    return build.load_backbone(component, checked, settings, seed, _device(device))
 
 
 def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: str = "cpu", **options: Any) -> Expert:
@@ -161,6 +199,20 @@ def load_expert(name_or_use: str, *, backbone: Backbone | None = None, device: s
     """
     component, checked = _resolve("expert", name_or_use, options)
     return build.load_expert(component, checked, backbone, device)
+
+
+def _device(name: str | None) -> str:
+    """A device that is there.
+
+    Raises:
+        RunError: If it is not.
+    """
+    try:
+        torch.empty(0, device=name or best_device())
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"device {name!r}: {reason[:120]}; leave it out for the best there is") from None
+    return name or best_device()
 
 
 def best_device() -> str:

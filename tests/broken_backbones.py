@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from coatkit_backbone_mini.backbone import MiniBackbone, MiniPreparer
 from coatkit_backbone_mini.loading import load_processor
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from coatkit import AssetError, Backbone, Inputs
@@ -522,9 +522,10 @@ class LearnsWithoutUse(Good):
 
 
 class AdaptersOnTheTower(Good):
-    def _add_lora(self) -> None:
-        config = LoraConfig(r=16, lora_alpha=32, target_modules=self.options.lora.targets)
-        self.peft = get_peft_model(self.model, config)
+    def _choose_what_learns(self, embedding: Any, first_token: int) -> None:
+        super()._choose_what_learns(embedding, first_token)
+        # As a bare list of names would do, which fits layers of the tower too.
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=self.options.lora.targets), self.tower)
 
 
 class EmbeddingMoves(Good):

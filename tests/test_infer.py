@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import soundfile
 import soxr
 import torch
+from click.testing import CliRunner
 
 import coatkit
 from coatkit import AudioBatch, CoatkitError, DataError, load_backbone, load_expert
-from coatkit.data.rows import AudioRef
+from coatkit.cli import cli
+from coatkit.data.rows import AudioRef, Message, Row
 from coatkit.errors import RunError, SpecError
 from coatkit.infer import AudioThinker
 
@@ -135,6 +138,44 @@ def test_a_run_needs_its_data_no_more(trained: Any, tmp_path: Path, files: Path)
     assert model.ask(trained.folder / "clips/r00.wav", QUESTION) == "clip 0"
 
 
+def test_rows_of_several_turns_and_sounds_are_answered(trained: Any, model: AudioThinker) -> None:
+    clips = [AudioRef(trained.folder / "clips" / name) for name in ("r00.wav", "r01.flac")]
+    ask, said = Message("user", "<audio>" + QUESTION), Message("assistant", "clip 0")
+    rows = [
+        Row("one", (ask, said), (clips[0],)),  # the last answer is left out
+        Row("two", (ask, said, ask), tuple(clips)),
+        Row("both", (Message("user", "<audio><audio>Same?"),), tuple(clips)),
+        Row("none", (Message("system", "Be brief."), Message("user", "What is 3 plus 1?"))),
+    ]
+    together = model.answer(rows, max_new_tokens=12)
+    assert together == [model.answer([row], max_new_tokens=12)[0] for row in rows]
+    assert together[0] == model.ask(clips[0], QUESTION, max_new_tokens=12) == "clip 0"
+    lengths = [model.prepare([row]).think_lengths.tolist() for row in rows]
+    assert [len(one) for one in lengths] == [1, 2, 2, 0]
+    assert all(length > 0 for one in lengths for length in one)
+    assert model.answer([]) == []
+
+
+def test_a_row_that_cannot_be_answered_is_named(model: AudioThinker, tmp_path: Path) -> None:
+    row = Row("r7", (Message("user", "<audio>Hm?"),), (AudioRef(tmp_path / "gone.wav"),), "data.jsonl:7")
+    with pytest.raises(DataError, match=r"data\.jsonl:7 \(row r7\): .*gone\.wav: .*no such file"):
+        model.answer([row])
+
+
+def test_the_command_looks_at_the_question_before_it_loads_the_model(
+    trained: Any, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatkit.infer.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    arguments = ["ask", str(trained.run.folder)]
+    for words, message in (
+        ([str(tmp_path / "gone.wav"), "Hm?"], r"gone\.wav: cannot be opened as sound: there is no such file"),
+        ([str(files / "a.wav"), " "], "the question is empty"),
+    ):
+        result = CliRunner().invoke(cli, [*arguments, *words])
+        assert isinstance(result.exception, CoatkitError)
+        assert re.search(message, str(result.exception))
+
+
 # Sounds that cannot be asked about
 
 
@@ -166,6 +207,14 @@ def test_a_sound_that_cannot_be_heard_is_named(
         model.ask(audio, QUESTION)
 
 
+@pytest.mark.parametrize("question", ["", "  \n", "<audio>"])
+def test_an_empty_question_is_refused(model: AudioThinker, files: Path, question: str) -> None:
+    with pytest.raises(DataError, match=r"a\.wav .*the question is empty"):
+        model.ask(files / "a.wav", question)
+    with pytest.raises(DataError, match=r"question 2.*the question is empty"):
+        model.ask_batch([(None, "Hello?"), (None, question)])
+
+
 @pytest.mark.parametrize(("tags", "audio"), [(2, True), (1, False)])
 def test_tags_must_match_the_sound(model: AudioThinker, files: Path, tags: int, audio: bool) -> None:
     with pytest.raises(DataError, match=rf"has {tags} <audio> tags for {int(audio)} sound\(s\)"):
@@ -178,6 +227,12 @@ def test_tags_must_match_the_sound(model: AudioThinker, files: Path, tags: int, 
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"nothing: is not a run folder"):
         coatkit.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpux"])
+def test_a_device_that_is_not_there(trained: Any, device: str) -> None:
+    with pytest.raises(RunError, match=f"device '{device}': .*leave it out"):
+        coatkit.load(trained.run.folder, device=device)
 
 
 def test_no_checkpoint_yet(trained: Any, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_the_folder_holds_what_the_run_depends_on(project: Any, capsys: pytest.C
             "sha256": hashlib.sha256(data).hexdigest(),
             "rows": 20,
             "bad_rows": 0,
+            "left_out": 0,
             "hours": pytest.approx(sum(0.1 + 0.025 * i for i in range(16)) / 3600, abs=1e-4),
         }
     }

@@ -7,31 +7,24 @@ An answer counts when it equals the reference, capitals and punctuation apart. E
 
 import argparse
 import json
-import string
 from collections import Counter
 from pathlib import Path
 
 import coatkit
 from coatkit import AUDIO_TAG, JsonlRows, Row
+from coatkit.evaluation.text import plain
 
 BATCH = 8
 
 
-def plain(text: str) -> str:
-    """Lower case, without punctuation."""
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
-
 def answers(run: Path, rows: list[Row], trained: bool) -> list[str]:
     model = coatkit.load(run, trained=trained)
-    asked = [(row.audios[0], row.messages[0].content) for row in rows]
     # Sounds of like length are asked about together: less padding.
     order = sorted(range(len(rows)), key=lambda i: rows[i].audios[0].end or 0)
-    found = {}
+    found: dict[int, str] = {}
     for at in range(0, len(order), BATCH):
         chosen = order[at : at + BATCH]
-        said = model.ask_batch([asked[i] for i in chosen], max_new_tokens=20)
-        found.update(zip(chosen, said, strict=True))
+        found.update(zip(chosen, model.answer([rows[i] for i in chosen], max_new_tokens=20), strict=True))
     return [found[i] for i in range(len(rows))]
 
 

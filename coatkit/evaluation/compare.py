@@ -1,0 +1,72 @@
+"""Two evaluations of the same rows, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coatkit.errors import RunError
+from coatkit.evaluation.bootstrap import Paired, paired
+from coatkit.evaluation.metrics import METRICS
+from coatkit.evaluation.predictions import read_lines, read_record
+from coatkit.evaluation.results import answers_of
+
+_SAME = ("index", "id", "question", "references", "choices")
+
+
+def compare(first: Path, second: Path) -> dict[str, tuple[str, Paired]]:
+    """Metric and paired comparison of each task of two evaluations' folders.
+
+    Raises:
+        RunError: If one is no finished evaluation, or they have not the same tasks, metrics, data or rows; names where
+            they part.
+    """
+    one, two = _finished(first), _finished(second)
+    if (names := [list(part) for part in (one, two)])[0] != names[1]:
+        raise RunError(f"{first} and {second} have other tasks: {', '.join(names[0])} and {', '.join(names[1])}")
+    found = {}
+    for name, (task, lines) in one.items():
+        other, others = two[name]
+        for key in ("metric", "language", "data"):
+            if task[key] != other[key]:
+                raise RunError(f"task {name!r}: {first} and {second} differ in {key}: {task[key]} and {other[key]}")
+        _same_rows(name, lines, others, (first, second))
+        score = METRICS[task["metric"]]
+        scored = [score(answers_of(part), task["language"]) for part in (lines, others)]
+        found[name] = task["metric"], paired(scored[0], scored[1])
+    return found
+
+
+def _finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each task's scoring and its lines."""
+    record = read_record(folder)
+    lines = read_lines(folder / "predictions.jsonl")
+    if not (folder / "results.json").exists() or any("score" not in line and "bad" not in line for line in lines):
+        raise RunError(f"{folder}: the evaluation is not finished; run it again, and it goes on where it stopped")
+    data = record["identity"]["tasks"]
+    return {
+        name: ({**task, "data": data[name]["data"]}, [line for line in lines if line["task"] == name])
+        for name, task in record["scoring"].items()
+    }
+
+
+def _same_rows(
+    name: str, one: Sequence[dict[str, Any]], two: Sequence[dict[str, Any]], folders: tuple[Path, Path]
+) -> None:
+    for a, b in zip(one, two, strict=False):
+        if wrong := [key for key in _SAME if a.get(key) != b.get(key)]:
+            raise RunError(
+                f"task {name!r}: {folders[0]} and {folders[1]} part at row {a['id']} ({wrong[0]}): compare evaluations"
+                " of the same rows"
+            )
+        if ("bad" in a) != ("bad" in b):
+            which = folders[0] if "bad" in a else folders[1]
+            raise RunError(f"task {name!r}: row {a['id']} is bad in {which} alone; evaluate that again")
+    if len(one) != len(two):
+        raise RunError(
+            f"task {name!r}: {folders[0]} has {len(one)} rows and {folders[1]} has {len(two)}: compare evaluations of"
+            " the same rows"
+        )
+    if any("bad" in line for line in one):
+        raise RunError(f"task {name!r}: both hold rows that could not be decoded; evaluate again without them")

@@ -1,0 +1,120 @@
+"""Asking a model about every row, batch by batch, from where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from coatkit.errors import DataError
+from coatkit.evaluation.items import Item, Task, batches
+from coatkit.evaluation.predictions import Predictions
+from coatkit.files import file_sha256
+from coatkit.infer import AudioThinker
+from coatkit.run_folder import RunFolder
+
+Say = Callable[[int, int], None]
+"""Called after each batch with rows done and rows in all."""
+
+
+def identity(
+    model: AudioThinker, run: RunFolder, tasks: Sequence[Task], *, batch: int, shuffled: int | None
+) -> dict[str, Any]:
+    """All that answers depend on: the model, the rows, and how they are asked.
+
+    Args:
+        batch: Rows asked together.
+        shuffled: Seed by which sounds are shuffled; None when rows have their own.
+    """
+    record = run.read_record()
+    digest = hashlib.sha256(str(record["backbone"]["fingerprint"]).encode())
+    # Before training, what learns follows the spec's seed.
+    learnt = run.spec if model.checkpoint is None else model.checkpoint / "model.safetensors"
+    digest.update(file_sha256(learnt).encode())
+    return {
+        "model": digest.hexdigest(),
+        "trained": model.checkpoint is not None,
+        "device": next(model.backbone.model.parameters()).device.type,
+        "batch": batch,
+        "shuffled_sounds": shuffled,
+        "tasks": {
+            task.spec.name: {
+                "data": task.sha256,
+                "source": task.spec.data.model_dump(mode="json", exclude={"path"}),
+                "max_new_tokens": task.spec.max_new_tokens,
+                "rows": _digest(task.items),
+            }
+            for task in tasks
+        },
+    }
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256(repr([item.index for item in items]).encode()).hexdigest()[:16]
+
+
+def answer_all(
+    model: AudioThinker,
+    tasks: Sequence[Task],
+    into: Predictions,
+    *,
+    batch: int,
+    skip_bad: bool = False,
+    say: Say = lambda done, total: None,
+) -> None:
+    """Ask about every row that has no answer yet.
+
+    Args:
+        into: Where answers are kept; open.
+        batch: Rows asked together.
+        skip_bad: Write down rows whose sound cannot be decoded, and go on.
+
+    Raises:
+        DataError: If a sound cannot be decoded, unless such rows are left out.
+    """
+    planned = [(task, part) for task in tasks for part in batches(task.items, batch)]
+    into.keep(part for _, part in planned)
+    done, total = len(into.lines), sum(len(task.items) for task in tasks)
+    say(done, total)
+    for task, part in planned:
+        if all(item.key in into.lines for item in part):
+            continue
+        answers = _ask(model, part, task.spec.max_new_tokens, skip_bad)
+        into.append([_line(item, answer) for item, answer in zip(part, answers, strict=True)])
+        done += len(part)
+        say(done, total)
+
+
+def _ask(model: AudioThinker, items: Sequence[Item], most: int, skip_bad: bool) -> list[str | DataError]:
+    """An answer for each item, or why there is none."""
+    try:
+        return list(model.answer([item.row for item in items], max_new_tokens=most))
+    except DataError as error:
+        if not skip_bad:
+            raise
+        if len(items) == 1:
+            return [error]
+    reasons = {item.key: _cannot(model, item) for item in items}
+    good = [item for item in items if reasons[item.key] is None]
+    said = iter(model.answer([item.row for item in good], max_new_tokens=most))
+    return [reason if (reason := reasons[item.key]) is not None else next(said) for item in items]
+
+
+def _cannot(model: AudioThinker, item: Item) -> DataError | None:
+    try:
+        model.prepare([item.row])
+    except DataError as error:
+        return error
+    return None
+
+
+def _line(item: Item, answer: str | DataError) -> dict[str, Any]:
+    outcome = {"bad": str(answer)} if isinstance(answer, DataError) else {"answer": answer}
+    return {**item.described(), **outcome}
+
+
+def folder_for(run: Path, name: str, *, trained: bool, shuffled: int | None) -> Path:
+    """Where an evaluation is kept when no other place is named."""
+    suffix = ("" if trained else "-untrained") + ("" if shuffled is None else "-shuffled")
+    return run / "eval" / f"{name}{suffix}"
