@@ -30,8 +30,8 @@ data.scan
 model backbones.hf backbones.folder backbones.tiny
 features
 build optimization run_record plan_rows
-plan_costs extract
-plan
+plan_costs extract data.survey
+plan data.page
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite
 evaluation.metrics
 evaluation.bootstrap evaluation.items
@@ -46,7 +46,7 @@ testing.expert_encoding testing.expert_loading testing.expert_loss testing.backb
 testing.backbone_loading testing.backbone_preparing testing.backbone_forward
 testing.backbone_learning testing.backbone_generating testing.backbone_folder testing.backbone_sketch
 testing.experts testing.backbones
-cli.ask cli.cache cli.check cli.compare cli.eval cli.fetch cli.mix cli.plan cli.plugins cli.train
+cli.ask cli.cache cli.check cli.compare cli.data cli.eval cli.fetch cli.mix cli.plan cli.plugins cli.train
 cli
 __main__
 """

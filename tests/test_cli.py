@@ -11,7 +11,7 @@ from coatkit import cli, plugins
 from coatkit.manifest import Manifest
 from coatkit.plugins import Broken, Installed, Registry
 
-COMMANDS = ["train", "check", "plan", "cache", "mix", "fetch", "ask", "eval", "compare", "plugins"]
+COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "eval", "compare", "plugins"]
 
 SPEC = """\
 name: quick

@@ -13,6 +13,7 @@ _COMMANDS = {
     "check": "Check a spec without loading torch.",
     "plan": "Say what a spec will cost: parameters, operations, memory, time.",
     "cache": "Compute features of a spec's sounds once, and keep them.",
+    "data": "Look at the rows of a spec: counts, lengths, categories, bad rows.",
     "mix": "Draw the mixtures of a spec, and say what was drawn.",
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",
