@@ -1,6 +1,7 @@
 """Training with the feature store against training without it, and `coatkit cache`."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,46 @@ def test_a_bad_row_is_still_a_bad_row(stored: Any) -> None:
     (stored.folder / "clips/r02.wav").write_bytes(b"")
     with pytest.raises(DataError, match=r"r02\.wav"):
         stored.train()
+
+
+ELSEWHERE = '''
+import os
+import torch
+from coatkit import Expert, Features
+
+
+class Elsewhere(Expert):
+    """Loads only where OTHER is set, as an expert does whose packages are in another environment."""
+
+    sample_rate, frame_rate, dim = 8_000, 50.0, 2
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain = gain
+
+    def load(self, device, dtype):
+        if "OTHER" not in os.environ:
+            raise ImportError("no module named 'conflicting'")
+
+    def encode(self, audio):
+        frames = -(-audio.lengths // 160)
+        padded = torch.nn.functional.pad(audio.samples, (0, int(frames.max()) * 160 - audio.samples.shape[1]))
+        power = self.gain * padded.unflatten(1, (-1, 160)).square().mean(-1, keepdim=True)
+        return Features(torch.cat([power, -power], -1), frames, self.frame_rate)
+'''
+
+
+def test_an_expert_of_another_interpreter_teaches_here(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.folder / "elsewhere.py").write_text(ELSEWHERE)
+    project.spec["experts"]["level"] = {"use": "./elsewhere.py:Elsewhere", "gain": 2.0}
+    project.spec["cache"] = {"names": ["level"], "dtype": "float32", "folder": "store"}
+    with pytest.raises(CoatkitError, match="no module named 'conflicting'"):
+        project.train()
+    monkeypatch.setenv("OTHER", "1")
+    said = cache(project, "--yes", "--expert", "level", "--python", sys.executable)
+    assert "level: 16 sounds added" in said
+    online = project.train("cache=[]", "output=online")
+    monkeypatch.delenv("OTHER")
+    offline = project.train("output=offline")
+    assert losses(offline) == losses(online)
+    with pytest.raises(CoatkitError, match="no module named 'conflicting'"):  # other options are other features
+        project.train("experts.level.gain=3", "output=other")
