@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -67,6 +67,16 @@ PLACE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 	DS_ACCELERATOR=cpu $(@D)/bin/python -m pip install -q --no-deps --no-build-isolation $(PACKAGES)
 	touch $@
 
+# Run an expert whose package cannot be installed beside coatkit: basic-pitch with its old TensorFlow, in an environment of
+# its own (.own-env), into the feature store.
+test-own-env: setup .own-env/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_own_environment.py
+
+.own-env/.installed: tests/own_env/requirements.txt
+	$(PYTHON) -m venv .own-env
+	.own-env/bin/python -m pip install -q -r tests/own_env/requirements.txt
+	touch $@
+
 # Throughput of every expert against upstream's own call, in one run; needs `make parity` before.
 bench-experts: setup
 	HOME=$(CURDIR)/.parity/home $(BIN)/python benchmarks/experts.py
@@ -106,4 +116,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity .formats .qlora .deepspeed build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env build dist *.egg-info plugins/*/src/*.egg-info

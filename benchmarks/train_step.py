@@ -83,7 +83,11 @@ def spec_of(folder: Path, backbone: str, experts: tuple[str, ...], stored: bool,
         "output": "run",
     }
     if stored:
-        spec["cache"] = {"names": [*experts], "dtype": "float16", "folder": "store"}
+        spec["cache"] = {
+            "names": ["tower" if name == "audio" else name for name in experts],
+            "dtype": "float16",
+            "folder": "store",
+        }
     path = folder / f"spec-{stored}.yaml"
     path.write_text(yaml.safe_dump(spec))
     return path

@@ -29,7 +29,8 @@ data.sources
 data.scan
 model backbones.hf backbones.folder backbones.tiny
 features
-build optimization run_record plan_rows
+build optimization run_record plan_rows worker
+foreign
 plan_costs extract data.survey
 plan data.page
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite
