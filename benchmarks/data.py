@@ -121,7 +121,6 @@ def _plan(rows: int, rows_a_batch: int | None) -> dict[str, float]:
 
 def measure_mixture(folder: Path, rows: int) -> dict[str, float]:
     from coatkit.data.mixture import materialise
-
     from coatkit.data.sources import open_data
     from coatkit.spec_data import MixtureSpec
 
