@@ -74,12 +74,13 @@ class Odd(Expert):
                 time.sleep(600)
             os._exit(7)
         if self.trouble == "garbage":
-            for descriptor in range(3, 64):
+            for descriptor in range(3, 4096):  # the pipe keeps the number it has in the client
                 try:
                     os.write(descriptor, b"Epoch 1/3: 100%, loss 0.1")
                 except OSError:
                     pass
         if self.trouble == "sleep":
+            open(os.path.join(os.path.dirname(__file__), "asleep"), "w").close()
             time.sleep(600)
         size = int(audio.lengths[0])
         if size == 1:
@@ -393,9 +394,14 @@ with ForeignExpert(Path(sys.executable), component, {"trouble": sys.argv[2]}) as
 def test_the_worker_ends_with_its_client(tmp_path: Path, sent: int, trouble: str) -> None:
     (tmp_path / "odd.py").write_text(EXPERT)
     command = [sys.executable, "-c", CLIENT, str(tmp_path), trouble]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # What is killed cannot tidy up: its temporary folder goes with the test's.
+    with subprocess.Popen(command, **pipes, env={**os.environ, "TMPDIR": str(tmp_path)}) as client:
         assert client.stdout is not None
         pid = int(client.stdout.readline())
+        while trouble and not (tmp_path / "asleep").exists():
+            assert client.poll() is None
+            time.sleep(0.05)
         client.send_signal(sent)
         _, errors = client.communicate(timeout=60)
     assert gone(pid)
