@@ -235,8 +235,9 @@ def test_training_sets_them_aside_and_goes_on(
         assert len(said) == 1 or (not said and outcome[0][name][0] == "ok"), name
     with pytest.raises(DataError, match=r"bad rows are more than data\.max_bad_rows: 20"):
         project.train("data.on_bad_row=quarantine", "data.max_bad_rows=20", "output=few")
-    with pytest.raises(DataError, match=r"bad row\(s\)"):
+    with pytest.raises(DataError, match=r"bad row\(s\)") as caught:
         project.train("output=none")
+    assert f"(row {refused[0]}): {files[refused[0]]}: " in str(caught.value)
 
 
 @pytest.mark.parametrize("channels", [2, 6])

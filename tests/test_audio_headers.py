@@ -122,6 +122,21 @@ def test_memory_follows_the_frames_not_the_channels(tmp_path: Path) -> None:
     assert peak < 8 * samples.size + (16 << 20)  # all channels at once are 41 MB
 
 
+def test_frames_that_a_header_invents_take_no_memory(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", noise(1), RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[22:26] = b"\xff\xff\xff\xff"  # 2**32 - 1 frames, 17 GB
+    (tmp_path / "a.flac").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a\.flac: "):
+            read(AudioRef(tmp_path / "a.flac"), 1e9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20
+
+
 def test_a_length_that_no_header_states_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.flac"
     soundfile.write(path, noise(1), RATE)
@@ -161,7 +176,11 @@ def test_ogg_without_its_last_page_is_refused(tmp_path: Path, subtype: str, insi
         return AudioRef(tmp_path / "a.tar", part=f"{member.offset_data}+{member.size}")
 
     assert read(put(whole), 10)[0].size == 6 * RATE
-    assert refused(put(whole[: whole.rfind(b"OggS")])) == "truncated: its last page is missing"
+    last = whole.rfind(b"OggS")
+    assert refused(put(whole[:last])) == "truncated: its last page is missing"
+    for left in (7, 20, 27, 28, 60, len(whole) - last - 1):
+        assert refused(put(whole[: last + left])) == "truncated: its last page is cut off"
+    assert read(put(whole + b"an editor's note"), 10)[0].size == 6 * RATE
 
 
 def test_samples_beyond_any_scale_are_refused(tmp_path: Path) -> None:

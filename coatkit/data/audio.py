@@ -153,6 +153,11 @@ def _check_end(ref: AudioRef, file: str | Any) -> None:
     page = tail.rfind(b"OggS")
     if page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4:
         raise DataError(f"{ref}: truncated: its last page is missing")
+    # The decoder leaves a page that is cut off out without a word, a second of sound. Byte 26 counts its lengths.
+    body = page + 27
+    count = tail[page + 26] if body <= len(tail) else len(tail)  # may be 0: some encoders end with an empty page
+    if body + count + sum(tail[body : body + count]) > len(tail):
+        raise DataError(f"{ref}: truncated: its last page is cut off")
 
 
 def _tail(stream: Any) -> bytes:
