@@ -231,3 +231,4 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe", "device"):
         assert "it is no file but a pipe, socket or device" in refused(AudioRef(tmp_path / f"{name}.wav"))
     assert "symbolic links" in refused(AudioRef(tmp_path / "loop.wav"))
+    assert "there is no such file" in refused(AudioRef(tmp_path / "a\0.wav"))
