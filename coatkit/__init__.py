@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coatkit.errors import DataError as DataError
     from coatkit.errors import PluginError as PluginError
     from coatkit.hookspecs import hookimpl as hookimpl
+    from coatkit.infer import AudioThinker as AudioThinker
     from coatkit.infer import load as load
     from coatkit.infer import load_backbone as load_backbone
     from coatkit.infer import load_expert as load_expert
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
     from coatkit.protocols import Output as Output
     from coatkit.protocols import Preparer as Preparer
     from coatkit.protocols import Sketch as Sketch
+    from coatkit.readout import Readout as Readout
     from coatkit.spec import ThinkingSpec as ThinkingSpec
+    from coatkit.thought import Heard as Heard
+    from coatkit.thought import Thought as Thought
     from coatkit.waveforms import conv_frames as conv_frames
     from coatkit.waveforms import encode_by_length as encode_by_length
     from coatkit.waveforms import receptive_field as receptive_field
@@ -60,7 +64,7 @@ _HOME = {
     "coatkit.data.rows": ("AUDIO_TAG", "AudioRef", "JsonlRows", "Row"),
     "coatkit.errors": ("AssetError", "CoatkitError", "DataError", "PluginError"),
     "coatkit.hookspecs": ("hookimpl",),
-    "coatkit.infer": ("load", "load_backbone", "load_expert"),
+    "coatkit.infer": ("AudioThinker", "load", "load_backbone", "load_expert"),
     "coatkit.losses": ("masked_bce", "masked_focal_bce", "masked_mse"),
     "coatkit.manifest": ("Asset", "Manifest"),
     "coatkit.precision": ("exact_float32",),
@@ -76,7 +80,9 @@ _HOME = {
         "Preparer",
         "Sketch",
     ),
+    "coatkit.readout": ("Readout",),
     "coatkit.spec": ("ThinkingSpec",),
+    "coatkit.thought": ("Heard", "Thought"),
     "coatkit.waveforms": ("conv_frames", "encode_by_length", "receptive_field", "standardise"),
     "coatkit.weights": ("fill_weights", "read_weights"),
 }

@@ -59,19 +59,29 @@ def load_expert(component: Component, options: Mapping[str, Any], backbone: Back
     Raises:
         PluginError: If it cannot be loaded, leaves `dim` or `frame_rate` unset, or needs a backbone and there is none.
     """
-    with seeded(0, f"expert {component.use}"):
-        expert: Expert = construct(component, **options)
-    if backbone is None and expert.uses_backbone:
-        raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
-    with loading(component):
-        if backbone is not None:
-            expert.bind(backbone)
-        with seeded(0, f"expert {component.use}"):
-            expert.load(torch.device(device), torch.float32)
+    expert = bound_expert(component, options, backbone)
+    with loading(component), seeded(0, f"expert {component.use}"):
+        expert.load(torch.device(device), torch.float32)
     for name in ("sample_rate", "frame_rate", "dim"):
         value = getattr(expert, name, None)
         if not isinstance(value, int | float) or value <= 0:
             raise PluginError(f"{component.use}: the expert's {name} is {value!r}; set it to a positive number")
+    return expert
+
+
+def bound_expert(component: Component, options: Mapping[str, Any], backbone: Backbone | None) -> Expert:
+    """An expert that knows its backbone and has no weights yet.
+
+    Raises:
+        PluginError: If it cannot be made, or needs a backbone and there is none.
+    """
+    with seeded(0, f"expert {component.use}"):
+        expert: Expert = construct(component, **options)
+    if backbone is None and expert.uses_backbone:
+        raise PluginError(f"{component.use}: this expert reads the backbone's features; pass one to load_expert")
+    if backbone is not None:
+        with loading(component):
+            expert.bind(backbone)
     return expert
 
 
@@ -84,7 +94,7 @@ def load_head(
     return head
 
 
-def _unloaded(chosen: Chosen, stored: About) -> Expert:
+def unloaded(chosen: Chosen, stored: About) -> Expert:
     """An expert that was run in another interpreter and cannot be loaded here: only its loss is used."""
     expert: Expert = construct(chosen.component, **chosen.options)
     expert.dim = int(stored.identity["dim"])
@@ -107,7 +117,7 @@ def build(loaded: LoadedSpec, device: str) -> CoatModel:
         if stored is None:
             experts[name] = load_expert(expert.component, expert.options, backbone, device)
         else:
-            experts[name] = _unloaded(expert, stored)
+            experts[name] = unloaded(expert, stored)
         heads[name] = load_head(
             head.component, head.options, backbone.hidden_size, experts[name].dim, spec.seed, name
         ).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from coatkit import build, checkpoint
-from coatkit.data import audio as sound
 from coatkit.data.rows import AUDIO_TAG, AudioRef, Message, Row
 from coatkit.data.steps import load_batch
 from coatkit.errors import PluginError, RunError
 from coatkit.model import CoatModel
 from coatkit.plugins import Component, registry
-from coatkit.protocols import AudioBatch, Backbone, Expert, Inputs
+from coatkit.protocols import Backbone, Expert, Inputs
 from coatkit.run_folder import RunFolder
 from coatkit.spec import ThinkingSpec
 from coatkit.spec_file import load_spec
+from coatkit.thought import Mind, Thought
 
 AudioLike = str | Path | AudioRef | tuple[np.ndarray, int]
 """A file, a stretch of one, or mono samples [N] with their sample rate in Hz."""
@@ -35,10 +36,13 @@ class AudioThinker:
         backbone: The loaded backbone.
         name: Where it came from, for display.
         checkpoint: The folder of what was learnt; None before training.
+        run: The run's folder; None for a model that comes from none.
     """
 
-    def __init__(self, backbone: Backbone, name: str, checkpoint: Path | None = None) -> None:
-        self.backbone, self.name, self.checkpoint = backbone, name, checkpoint
+    def __init__(
+        self, backbone: Backbone, name: str, checkpoint: Path | None = None, run: RunFolder | None = None
+    ) -> None:
+        self.backbone, self.name, self.checkpoint, self.run = backbone, name, checkpoint, run
         backbone.model.eval()
 
     @property
@@ -70,6 +74,22 @@ class AudioThinker:
         """
         return load_batch(rows, self.backbone.preparer, (), _MAX_SECONDS, train=False).inputs
 
+    @cached_property
+    def mind(self) -> Mind:
+        """Heads and experts of the run, loaded when first asked for.
+
+        Raises:
+            RunError: If the model comes from no run.
+            SpecError: If a plugin it was made with is missing; names it.
+        """
+        if self.run is None:
+            raise RunError(f"{self.name}: heads and experts are a run's; load one with coatkit.load")
+        return Mind.of_run(load_spec(self.run.spec, need="components"), self.backbone, self.checkpoint)
+
+    def think(self, rows: Sequence[Row], *, targets: bool = False) -> list[Thought]:
+        """What is thought about rows before they are answered; see `coatkit.thought.Mind.think`."""
+        return self.mind.think(rows, targets=targets, max_seconds=_MAX_SECONDS)
+
     def ask(self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any) -> str:
         """The answer to one question; `options` go to the model's `generate`.
 
@@ -82,39 +102,23 @@ class AudioThinker:
         self, questions: Sequence[tuple[AudioLike | None, str]], *, max_new_tokens: int = 64, **options: Any
     ) -> list[str]:
         """Answers to (sound, question) pairs, decoded together; a None sound asks about text alone."""
-        rows = [_asked(i, audio, question) for i, (audio, question) in enumerate(questions)]
-        if not any(isinstance(audio, tuple) for audio, _ in questions):
-            return self.answer(rows, max_new_tokens=max_new_tokens, **options)
-        preparer = self.backbone.preparer
-        arrays = [self._samples(a, row) for (a, _), row in zip(questions, rows, strict=True) if a is not None]
-        inputs = preparer.prepare(rows, AudioBatch.from_arrays(arrays, preparer.sample_rate), train=False)
-        return self.backbone.generate(inputs, max_new_tokens=max_new_tokens, **options)
-
-    def _samples(self, audio: AudioLike, row: Row) -> sound.Samples:
-        preparer = self.backbone.preparer
-        if isinstance(audio, tuple):
-            if np.issubdtype(np.asarray(audio[0]).dtype, np.integer):
-                raise row.fail("samples must be floats in about [-1, 1]; divide 16-bit integers by 32768")
-            samples, rate = np.asarray(audio[0], dtype=np.float32), int(audio[1])
-            if rate < 1:
-                raise row.fail(f"the sample rate must be in Hz, got {audio[1]}")
-            if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
-                raise row.fail(f"samples must be a non-empty finite mono signal [N], got shape {samples.shape}")
-        else:
-            samples, rate = sound.read(row.audios[0], _MAX_SECONDS)
-        if reason := preparer.cannot_hear(samples.size / rate):
-            raise row.fail(reason)
-        return sound.resample(samples, rate, preparer.sample_rate)
+        rows = [asked(audio, question, f"question {i + 1}") for i, (audio, question) in enumerate(questions)]
+        return self.answer(rows, max_new_tokens=max_new_tokens, **options)
 
 
-def _asked(number: int, audio: AudioLike | None, question: str) -> Row:
-    """A question as a row; samples in memory have a place in it that is no file."""
-    name = f"question {number + 1}"
-    where = str(audio) if isinstance(audio, str | Path | AudioRef) else name
-    refs: tuple[AudioRef, ...] = ()
-    if audio is not None:
-        refs = (audio if isinstance(audio, AudioRef) else AudioRef(Path(where)),)
-    row = Row(name, (Message("user", question),), refs, where)
+def asked(audio: AudioLike | None, question: str, name: str = "question 1") -> Row:
+    """A question as a row, its id `name`; a None sound asks about text alone.
+
+    Raises:
+        DataError: If the question is empty, or its tags do not match the sound.
+    """
+    ref = None
+    if isinstance(audio, tuple):
+        ref = AudioRef(Path(name), samples=audio)
+    elif audio is not None:
+        ref = audio if isinstance(audio, AudioRef) else AudioRef(Path(audio))
+    refs = () if ref is None else (ref,)
+    row = Row(name, (Message("user", question),), refs, name if ref is None else str(ref))
     if not question.replace(AUDIO_TAG, "").strip():
         raise row.fail("the question is empty")
     tags = question.count(AUDIO_TAG)
@@ -125,16 +129,18 @@ def _asked(number: int, audio: AudioLike | None, question: str) -> Row:
     return row
 
 
-def load(run: str | Path, *, trained: bool = True, device: str | None = None) -> AudioThinker:
+def load(run: str | Path, *, trained: bool = True, step: int | None = None, device: str | None = None) -> AudioThinker:
     """A run, ready to answer.
 
     Args:
         run: The run folder.
         trained: False gives the model as it was before the first step, for comparison.
+        step: Of the checkpoint to take; the newest when left out.
         device: Torch device; the best there is when left out.
 
     Raises:
-        RunError: If it is no run folder, has no checkpoint yet, or a plugin it was made with is missing.
+        RunError: If it is no run folder, or has no checkpoint yet or not that one.
+        SpecError: If the backbone's plugin is missing.
     """
     folder = RunFolder(Path(run))
     record = folder.read_record()
@@ -145,14 +151,14 @@ def load(run: str | Path, *, trained: bool = True, device: str | None = None) ->
     )
     if backbone.fingerprint() != record.get("backbone", {}).get("fingerprint"):
         raise RunError(f"{folder.path}: the backbone's weights are not those the run was trained on")
-    newest = folder.latest() if trained else None
+    newest = folder.at(step) if trained else None
     if trained:
         if newest is None:
             raise RunError(f"{folder.path}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
         model = CoatModel(backbone, {}, {})
         names = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
         checkpoint.load_model(newest, model, names, ignore="heads.")
-    return AudioThinker(backbone, str(folder.path) if trained else f"{folder.path} (untrained)", newest)
+    return AudioThinker(backbone, str(folder.path) if trained else f"{folder.path} (untrained)", newest, folder)
 
 
 def load_backbone(

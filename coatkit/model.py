@@ -134,7 +134,7 @@ class CoatModel(nn.Module):
             if name in batch.stored:
                 target = batch.stored[name].to(device)
             else:
-                target = self._target(name, batch, out.audio, lengths)
+                target = self.target(name, batch, out.audio, lengths)
             with _named(name, "head", batch.inputs.row_ids):
                 predicted = self.heads[name](out.thinking.float(), mask).float()
             with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
@@ -146,7 +146,7 @@ class CoatModel(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _target(self, name: str, batch: Batch, heard: BackboneAudio, lengths: Tensor) -> Tensor:
+    def target(self, name: str, batch: Batch, heard: BackboneAudio, lengths: Tensor) -> Tensor:
         """What an expert makes of the batch's sounds, at the thinking positions: [A, M, dim]."""
         expert, device = self.experts[name], lengths.device
         audio = batch.audio[expert.sample_rate].to(device)

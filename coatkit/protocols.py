@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from coatkit.errors import PluginError
 from coatkit.losses import masked_mse
+from coatkit.readout import Readout
 
 if TYPE_CHECKING:
     from coatkit.data.rows import Row
@@ -159,6 +160,15 @@ class Expert(ABC):
         """
         return {"mse": masked_mse(predicted, target, mask)}
 
+    def readout(self, features: Tensor, mask: Tensor) -> Readout | None:
+        """What features say in terms people know, for looking at a prediction; None where there are no such terms.
+
+        Args:
+            features: [A, L, dim], a prediction or a target, float32.
+            mask: [A, L] bool, True at valid positions.
+        """
+        return None
+
     def fingerprint(self) -> str:
         """Identity of the features: code, settings and weights. Runs record it; a feature store is keyed by it."""
         digest = hashlib.sha256(type(self).__qualname__.encode())
@@ -250,12 +260,15 @@ class Output:
         ce_count: Response tokens the sum runs over.
         thinking: [A, M, d_model] final-layer states at the thinking positions; None when no row has a block.
         audio: The backbone's audio features, without gradient; None when no row has audio.
+        last: [B, d_model] final-layer states where the answer begins (the pre-generation states), when there are no
+            labels; None where the backbone does not give them.
     """
 
     ce_sum: Tensor
     ce_count: int
     thinking: Tensor | None
     audio: BackboneAudio | None
+    last: Tensor | None = None
 
 
 class Preparer(ABC):

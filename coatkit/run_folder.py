@@ -44,6 +44,20 @@ class RunFolder:
         found = checkpoint.complete(self.checkpoints)
         return found[-1] if found else None
 
+    def at(self, step: int | None) -> Path | None:
+        """The complete checkpoint of a step; the newest when None, and None if there is none yet.
+
+        Raises:
+            RunError: If that step has none; lists those there are.
+        """
+        if step is None:
+            return self.latest()
+        steps = {int(path.name.rpartition("-")[2]): path for path in checkpoint.complete(self.checkpoints)}
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise RunError(f"{self.path}: has no checkpoint of step {step}; there: {there}")
+        return steps[step]
+
     def refuse_if_taken(self) -> None:
         """Never write over a run.
 

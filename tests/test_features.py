@@ -81,7 +81,7 @@ def test_targets_are_those_of_online_training_to_the_bit(stored: Any) -> None:
     rows = JsonlRows(stored.folder / "train.jsonl")[3:9]
     stores = open_stores(loaded, model)
     batch = load_batch(rows, model.backbone.preparer, {8_000}, 120.0, train=True, stores=stores)
-    computed = model._target("level", batch, None, batch.inputs.think_lengths)  # type: ignore[arg-type]
+    computed = model.target("level", batch, None, batch.inputs.think_lengths)  # type: ignore[arg-type]
     assert torch.equal(batch.stored["level"], computed)
     assert computed.abs().sum() > 0
 

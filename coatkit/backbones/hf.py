@@ -236,6 +236,7 @@ class HFBackbone(TowerWork, Backbone):
             ce_count=ce_count,
             thinking=gather(hidden, inputs.audio_row, inputs.think_index) if blocks else None,
             audio=self._audio(inputs, embeds, tower) if heard else None,
+            last=hidden[:, -1] if inputs.labels is None else None,
         )
 
     @torch.no_grad()

@@ -53,6 +53,9 @@ def duration(ref: AudioRef) -> float:
     Raises:
         DataError: If the file cannot be opened, holds nothing, or the stretch lies outside it; names the file.
     """
+    if ref.samples is not None:
+        samples, rate = _given(ref, _LONGEST)
+        return float(len(samples) / rate)
     with _sound(ref, "opened as sound") as sound:
         start, stop = _frames(ref, sound.samplerate, sound.frames)
         return (stop - start) / int(sound.samplerate)
@@ -65,6 +68,8 @@ def read(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:
         DataError: If it cannot be decoded, is empty, longer than `max_seconds`, or holds NaN or infinite samples; names
             the file.
     """
+    if ref.samples is not None:
+        return _given(ref, max_seconds)
     with _sound(ref, "decoded") as sound:
         rate: int = sound.samplerate
         start, stop = _frames(ref, rate, sound.frames)
@@ -83,6 +88,21 @@ def read(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:
     if max(-low, high) > _LOUDEST:
         raise DataError(f"{ref}: holds samples up to {max(-low, high):.0e}, which no sound has; it is damaged")
     return mono, rate
+
+
+def _given(ref: AudioRef, max_seconds: float) -> tuple[Samples, int]:
+    """Samples that are in memory already, checked."""
+    assert ref.samples is not None
+    given, rate = np.asarray(ref.samples[0]), int(ref.samples[1])
+    if not np.issubdtype(given.dtype, np.floating):
+        raise DataError(f"{ref}: samples must be floats in about [-1, 1]; divide 16-bit integers by 32768")
+    if rate < 1:
+        raise DataError(f"{ref}: the sample rate must be in Hz, got {ref.samples[1]}")
+    if given.ndim != 1 or given.size == 0 or not np.isfinite(given).all():
+        raise DataError(f"{ref}: samples must be a non-empty finite mono signal [N], got shape {given.shape}")
+    if given.size / rate > max_seconds:
+        raise DataError(f"{ref}: {given.size / rate:.1f} s is over the limit of {max_seconds:g} s")
+    return given.astype(np.float32), rate
 
 
 def resample(samples: Samples, rate: int, to: int) -> Samples:

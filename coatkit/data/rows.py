@@ -53,12 +53,14 @@ class AudioRef:
     Attributes:
         part: Where in `path` the sound file is, when that is a container: `OFFSET+LENGTH` in bytes, as in
             `shard.tar#512+32044`; or a cell of a table, as in `rows.parquet#audio[17]`. Empty: `path` is the sound.
+        samples: Mono samples [N] in about [-1, 1] and their sample rate in Hz, in place of a file; `path` names them.
     """
 
     path: Path
     start: float | None = None
     end: float | None = None
     part: str = ""
+    samples: tuple[Any, int] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.path}#{self.part}" if self.part else str(self.path)

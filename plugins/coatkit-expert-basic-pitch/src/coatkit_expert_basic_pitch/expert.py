@@ -7,11 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coatkit import AudioBatch, CoatkitError, Expert, Features, exact_float32, masked_focal_bce, masked_mse
+from coatkit import (
+    AudioBatch,
+    CoatkitError,
+    Expert,
+    Features,
+    Readout,
+    exact_float32,
+    masked_focal_bce,
+    masked_mse,
+)
 from coatkit_expert_basic_pitch import loading, windowing
-from coatkit_expert_basic_pitch.network import CHANNELS, PITCH_BINS, Network
+from coatkit_expert_basic_pitch.network import BINS_PER_OCTAVE, CHANNELS, LOWEST, PITCH_BINS, Network
 from coatkit_expert_basic_pitch.options import Options
 
+_PRESENT = 0.3
+"""Probability from which a pitch counts as heard: upstream's threshold for frames of a note."""
 _WINDOWS_AT_ONCE = 16
 """Windows that go through the network together (1.6 s of sound each): bounds memory to about 0.1 GB."""
 
@@ -115,6 +126,16 @@ class BasicPitch(Expert):
             )
             terms["pitch"] = self.options.aux_weight * focal
         return terms
+
+    def readout(self, features: Tensor, mask: Tensor) -> Readout:
+        """The pitch posteriorgram, [A, L, 264]: three bins a semitone, bin 1 is A0.
+
+        Raises:
+            CoatkitError: If `load` was not called.
+        """
+        values = torch.sigmoid(self.pitch_logits(features, mask))
+        hertz = tuple(LOWEST * 2.0 ** ((b - 1) / BINS_PER_OCTAVE) for b in range(PITCH_BINS))
+        return Readout("pitch", values, tuple(f"{f:.1f} Hz" for f in hertz), hertz=hertz, threshold=_PRESENT)
 
     def fingerprint(self) -> str:
         """Identity of the features: the class and the loaded weights, wherever they came from.

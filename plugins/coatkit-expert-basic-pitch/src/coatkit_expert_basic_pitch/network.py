@@ -18,9 +18,11 @@ CHANNELS = 8
 """Channels of z: as many as the harmonic stack has copies."""
 PITCH_BINS = 264
 """Bins of z and of the pitch logits, three per semitone: bin b is 27.5 * 2 ** ((b - 1) / 36) Hz, 440 Hz is bin 145."""
+BINS_PER_OCTAVE = 36
+LOWEST = 27.5
+"""Frequency of bin 1, Hz."""
 
 _OCTAVES = 9
-_BINS_PER_OCTAVE = 36
 _CQT_BINS = 309
 """The top bins that are kept of the 9 * 36 computed: 264 and the 45 that the highest harmonics reach above them."""
 _CQT_LENGTH = 256
@@ -50,8 +52,8 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("cqt_real", torch.zeros(_BINS_PER_OCTAVE, 1, _CQT_LENGTH))
-        self.register_buffer("cqt_imag", torch.zeros(_BINS_PER_OCTAVE, 1, _CQT_LENGTH))
+        self.register_buffer("cqt_real", torch.zeros(BINS_PER_OCTAVE, 1, _CQT_LENGTH))
+        self.register_buffer("cqt_imag", torch.zeros(BINS_PER_OCTAVE, 1, _CQT_LENGTH))
         self.register_buffer("lowpass", torch.zeros(1, 1, _CQT_LENGTH))
         self.register_buffer("bin_scale", torch.ones(_CQT_BINS))
         self.register_buffer("norm_scale", torch.ones(1))

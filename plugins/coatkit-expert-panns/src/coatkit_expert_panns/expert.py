@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coatkit import AudioBatch, CoatkitError, Expert, Features, exact_float32, masked_bce
+from coatkit import AudioBatch, CoatkitError, Expert, Features, Readout, exact_float32, masked_bce
 from coatkit_expert_panns import front_end, loading
 from coatkit_expert_panns.classes import class_names
 from coatkit_expert_panns.network import DIM, SEGMENT, Network
@@ -16,6 +16,8 @@ from coatkit_expert_panns.options import Options
 
 _SHORTEST = (SEGMENT - 1) * front_end.HOP
 """Samples that make one segment; a shorter sound is followed by zeros."""
+_PRESENT = 0.2
+"""Probability from which a class counts as heard; ours: upstream's are low, its own examples show the top classes."""
 _SECONDS_AT_ONCE = 90.0
 """Sound that goes through the network together, unless one sound alone is longer: bounds memory to some 0.3 GB."""
 
@@ -101,6 +103,14 @@ class Panns(Expert):
         with torch.no_grad():
             probability = torch.sigmoid(self.event_logits(target))
         return {"bce": masked_bce(self.event_logits(predicted), probability, mask)}
+
+    def readout(self, features: Tensor, mask: Tensor) -> Readout:
+        """Probabilities of the 527 sound classes, [A, L, 527].
+
+        Raises:
+            CoatkitError: If `load` was not called.
+        """
+        return Readout("sound events", torch.sigmoid(self.event_logits(features)), self.labels, threshold=_PRESENT)
 
     def fingerprint(self) -> str:
         """Identity of the features: the class and the loaded weights, wherever they came from.
