@@ -64,7 +64,7 @@ def masked_focal_bce(
     return masked_mean(weight * bce, mask)
 
 
-_CHUNK_VALUES = 1 << 26
+CHUNK_VALUES = 1 << 26
 """Logits held at once: 256 MB in float32."""
 
 
@@ -82,12 +82,12 @@ def projected_cross_entropy(hidden: Tensor, labels: Tensor, project: nn.Module) 
     """
     learns = any(p.requires_grad for p in project.parameters())
     vocabulary = next(p.shape[0] for p in project.parameters())
-    size = max(1, _CHUNK_VALUES // vocabulary)
+    size = max(1, CHUNK_VALUES // vocabulary)
+    if hidden.requires_grad and not learns and torch.is_grad_enabled():
+        summed: Tensor = _FrozenCrossEntropy.apply(hidden, labels, project, size)
+        return summed
     if labels.numel() <= size:
         return _cross_entropy(hidden, labels, project)
-    if hidden.requires_grad and not learns and torch.is_grad_enabled():
-        total: Tensor = _ChunkedCrossEntropy.apply(hidden, labels, project, size)
-        return total
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, tokens in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
         total = total + checkpoint(_cross_entropy, states, tokens, project, use_reentrant=False)
@@ -98,8 +98,8 @@ def _cross_entropy(hidden: Tensor, labels: Tensor, project: nn.Module) -> Tensor
     return F.cross_entropy(project(hidden).float(), labels, reduction="sum")
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum and its gradient in one pass: d loss / d hidden is known as soon as a chunk's logits are."""
+class _FrozenCrossEntropy(torch.autograd.Function):
+    """The sum and its gradient in one pass: d loss / d logits is softmax - onehot, made in the logits' own memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, project: nn.Module, size: int) -> Tensor:
@@ -108,13 +108,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for states, tokens in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
-                loss = _cross_entropy(states, tokens, project)
-            gradients += torch.autograd.grad(loss, states)
-            total += loss.detach()
-        ctx.save_for_backward(torch.cat(gradients))
+                logits = project(states)
+            # A linear map's output is not needed on its way back; another module's may be.
+            values = logits.detach().to(torch.float32, copy=not isinstance(project, nn.Linear))
+            top, right = values.amax(-1, keepdim=True), values.gather(-1, tokens[:, None])
+            mass = values.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (mass.log() + top - right).sum()
+            values.div_(mass).scatter_add_(-1, tokens[:, None], values.new_full((len(tokens), 1), -1.0))
+            gradients += torch.autograd.grad(logits, states, values.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (saved,) = ctx.saved_tensors
-        return saved * gradient, None, None, None
+        return (saved * gradient).to(saved.dtype), None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from coatkit.losses import _CHUNK_VALUES as CHUNK_VALUES
+from coatkit.losses import CHUNK_VALUES
 from coatkit.plan_rows import Layout, Lengths, Part
 from coatkit.protocols import Backbone, Sketch
 

@@ -164,7 +164,7 @@ def test_cross_entropy_in_chunks_is_the_whole(monkeypatch: pytest.MonkeyPatch, t
     labels = torch.randint(50, (tokens,), generator=random)
     whole = F.cross_entropy(project(hidden), labels, reduction="sum")
     wanted = torch.autograd.grad(3 * whole, [hidden, *(project.parameters() if learns else ())])
-    monkeypatch.setattr(losses, "_CHUNK_VALUES", 8 * 50 + 3)
+    monkeypatch.setattr(losses, "CHUNK_VALUES", 8 * 50 + 3)
     found = projected_cross_entropy(hidden, labels, project)
     torch.testing.assert_close(found, whole)
     (3 * found).backward()
@@ -176,7 +176,7 @@ def test_cross_entropy_in_chunks_is_the_whole(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_VALUES", 10 * 40)
+    monkeypatch.setattr(losses, "CHUNK_VALUES", 10 * 40)
     seen = []
 
     class Projection(nn.Linear):

@@ -89,7 +89,7 @@ class HFBackbone(TowerWork, Backbone):
         self._embeds: Tensor | None = None
         self._tower: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._only_hearing = False
+        self._only_hearing = self._own_logits = False
         self._made_small_from: str | None = None  # None, too, in a sketch, where nothing is quantised
 
     @abstractmethod
@@ -202,7 +202,8 @@ class HFBackbone(TowerWork, Backbone):
             if args[0].ndim == 2:  # states chosen by _cross_entropy
                 return None
             self._hidden = args[0]
-            return (args[0][:, -1:], *args[1:])
+            # When generating, the last position's logits alone; in `forward`, which makes its own, none at all.
+            return (args[0][:, :0] if self._own_logits else args[0][:, -1:], *args[1:])
 
         embedding.register_forward_hook(add_rows)
         self.language_model.register_forward_pre_hook(see_embeds, with_kwargs=True)
@@ -225,6 +226,7 @@ class HFBackbone(TowerWork, Backbone):
         device = next(self.model.parameters()).device
         inputs = inputs.to(device)
         with self._capturing(), self._narrowed(device), self._told(inputs):
+            self._own_logits = True
             self.model(**self._cast(inputs.tokens), use_cache=False)
             hidden, embeds, tower = self._hidden, self._embeds, self._tower
             assert hidden is not None
@@ -360,6 +362,7 @@ class HFBackbone(TowerWork, Backbone):
             yield
         finally:
             self._embeds = self._tower = self._hidden = None
+            self._own_logits = False
 
     def fingerprint(self) -> str:
         small = self._made_small_from

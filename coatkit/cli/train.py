@@ -29,8 +29,10 @@ def command(spec: Path, overrides: tuple[str, ...], resume: bool) -> None:
     loaded = load_spec(spec, overrides)  # before torch: a wrong spec is told in a second
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's writer greets with it
     click.echo("loading the backbone and the experts ...", err=True)
+    from coatkit.memory import keep_freed_memory
     from coatkit.trainer import train
 
+    keep_freed_memory()  # here and not in the library: it is for the whole process
     result = train(loaded, resume=resume)
     done = "finished" if result.finished else f"stopped at step {result.position.step}; continue with --resume"
     if result.position.skipped:

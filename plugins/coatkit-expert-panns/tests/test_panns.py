@@ -343,3 +343,13 @@ assert "panns_inference" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(home.rglob("*")) == []
+
+
+def test_a_readout_is_the_frame_wise_output(teacher: Panns) -> None:
+    features = torch.randn(2, 3, 2_048).relu()
+    read = teacher.readout(features, torch.ones(2, 3, dtype=torch.bool))
+    assert read.values.shape == (2, 3, 527)
+    torch.testing.assert_close(read.values, teacher.event_logits(features).sigmoid())
+    assert read.labels[0] == "Speech"
+    assert len(read.labels) == 527
+    assert read.of(1, 2).values.shape == (2, 527)
