@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -76,6 +76,10 @@ test-own-env: setup .own-env/.installed
 	$(PYTHON) -m venv .own-env
 	.own-env/bin/python -m pip install -q -r tests/own_env/requirements.txt
 	touch $@
+
+# The language model's layers compiled: the same losses and gradients; needs a C++ compiler.
+test-compile: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_compile.py
 
 # Throughput of every expert against upstream's own call, in one run; needs `make parity` before.
 bench-experts: setup

@@ -127,15 +127,20 @@ class CoatModel(nn.Module):
         if out.thinking is None or out.audio is None:
             return losses
         device = out.thinking.device
-        mask, lengths = batch.inputs.think_mask.to(device), batch.inputs.think_lengths.to(device)
-        count = int(lengths.sum())
+        count = int(batch.inputs.think_lengths.sum())
+        mask = batch.inputs.think_mask.to(device, non_blocking=True)
+        lengths = batch.inputs.think_lengths.to(device, non_blocking=True)
+        narrow = self.backbone.dtype != torch.float32
         for name in active:
             expert = self.experts[name]
             if name in batch.stored:
-                target = batch.stored[name].to(device)
+                target = batch.stored[name].to(device, non_blocking=True)
             else:
                 target = self.target(name, batch, out.audio, lengths)
-            with _named(name, "head", batch.inputs.row_ids):
+            with (
+                _named(name, "head", batch.inputs.row_ids),
+                torch.autocast(device.type, dtype=self.backbone.dtype, enabled=narrow),
+            ):
                 predicted = self.heads[name](out.thinking.float(), mask).float()
             with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
                 terms = expert.loss(predicted, target, mask)

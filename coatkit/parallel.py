@@ -48,13 +48,15 @@ class Team:
         self.device = torch.device(self.accelerator.device.type, self.accelerator.device.index)
         self.shards = self.shards and self.size > 1
         self.together = self.size > 1 or self.zero_stage > 0
+        # What processes tell each other is on the host: over NCCL it would go through the device and wait for it.
+        self._told: Any = torch.distributed.new_group(backend="gloo") if self.size > 1 else None
 
     def gather(self, value: T) -> list[T]:
         """What every process gave, in order of rank; to be called by all."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value)
+        torch.distributed.all_gather_object(found, value, group=self._told)
         return found
 
     def once(self, work: Callable[[], None]) -> None:
@@ -121,11 +123,11 @@ class Team:
         else:
             self.accelerator.backward(loss)
 
-    def clip(self, optimizer: Learner, parameters: Iterable[nn.Parameter], clip_norm: float) -> float:
-        """Norm of the gradient over all processes, which is clipped at the latest when the step is taken."""
+    def clip(self, optimizer: Learner, parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
+        """Norm of the gradient over all processes, on the device; clipped at the latest when the step is taken."""
         if isinstance(optimizer, ZeroOptimizer):
-            return optimizer.norm()
-        return float(whole(self.accelerator.clip_grad_norm_(parameters, clip_norm)))
+            return torch.tensor(optimizer.norm(), device=self.device)
+        return whole(self.accelerator.clip_grad_norm_(parameters, clip_norm))
 
     def part(self) -> None:
         """Wait until all are done: the first to leave would cut the others' connections."""

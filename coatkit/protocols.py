@@ -70,7 +70,8 @@ class AudioBatch:
 
     def to(self, device: torch.device | str) -> AudioBatch:
         backbone = None if self.backbone is None else self.backbone.to(device)
-        return AudioBatch(self.samples.to(device), self.lengths.to(device), self.sample_rate, backbone)
+        samples, lengths = (t.to(device, non_blocking=True) for t in (self.samples, self.lengths))
+        return AudioBatch(samples, lengths, self.sample_rate, backbone)
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -150,8 +151,7 @@ class Expert(ABC):
         """Features of each sound, called under `torch.no_grad()`: values [A, L, dim], lengths [A], frame_rate."""
 
     def loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Named loss terms of a prediction, each a mean over the positions in `mask`; they are logged one by one and
-        summed.
+        """Named loss terms of a prediction, each a mean over the positions in `mask`; they are logged, and summed.
 
         Args:
             predicted: [A, L, dim] head output, float32, with gradient.
@@ -170,7 +170,7 @@ class Expert(ABC):
         return None
 
     def fingerprint(self) -> str:
-        """Identity of the features: code, settings and weights. Runs record it; a feature store is keyed by it."""
+        """Identity of the features: code, settings and weights."""
         digest = hashlib.sha256(type(self).__qualname__.encode())
         for source in _sources(type(self)):
             digest.update(source.read_bytes())
@@ -360,6 +360,10 @@ class Backbone(ABC):
     """Width of the thinking states."""
     audio_dims: Mapping[str, int]
     """Width of `consumed` and, where captured, `tower` in `BackboneAudio`."""
+    dtype: torch.dtype = torch.float32
+    """Type that products are computed in, the heads' too; what learns is kept in float32."""
+    cannot_pack: str = "its plugin does not say that it can"
+    """Why rows cannot stand end to end in one sequence (`batch.pack`); empty where that is exact."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:

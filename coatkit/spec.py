@@ -62,6 +62,7 @@ class BatchSpec(Strict):
     rows: int | None = Field(None, ge=1, description="fixed number of rows (paper: 16)")
     tokens: int | None = Field(None, ge=1, description="budget of tokens; rows of like length are batched together")
     accumulate: int = Field(1, ge=1, description="parts each device works through in turn, to save memory")
+    pack: bool = Field(False, description="rows end to end in one sequence, not padded; where that is exact")
 
     @model_validator(mode="after")
     def _one_of(self) -> BatchSpec:

@@ -141,7 +141,8 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         head.requires_grad_(name in stage.active or team.shards)  # a sharded model keeps what it was sharded with
     wrapped = team.spread(model, model.backbone.units())
     groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
-    adamw = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps)
+    fused = team.device.type == "cuda"  # one kernel for all that learns
+    adamw = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps, fused=fused)
     wrapped, optimizer = team.divide(wrapped, adamw, named, spec.optimizer.clip_norm)
     checkpoint.set_moments(optimizer, named, session.moments)
     checkpoint.rest_moments(model.named_parameters(), session.moments)
@@ -152,8 +153,8 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * shape
-        terms = _accumulate(session, wrapped, optimizer, step, stage)
-        norm = team.clip(optimizer, named.values(), spec.optimizer.clip_norm)
+        sums = _accumulate(session, wrapped, optimizer, step, stage)
+        terms, norm = _fetch(session, stage, sums, team.clip(optimizer, named.values(), spec.optimizer.clip_norm))
         healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
         if healthy:
             optimizer.step()
@@ -217,8 +218,8 @@ def _agree(session: Session, share: Step) -> TeamStep:
 
 def _accumulate(
     session: Session, wrapped: nn.Module, optimizer: Learner, step: TeamStep, stage: StageSpec
-) -> dict[str, float]:
-    """Forward and backward of one step's batches; gives every loss term, and their weighted sum as `loss`.
+) -> dict[str, Tensor]:
+    """Forward and backward of one step's batches; gives this process's part of every loss term, on the device.
 
     Each term is divided by its count over all batches and processes, so splitting a step changes memory, not the loss.
     """
@@ -240,13 +241,32 @@ def _accumulate(
                 team.backward(loss * team.size, optimizer, last=last)
         for name, value in means.items():
             terms[name] = terms.get(name, 0) + value.detach().float()
-    found = summed(team.gather({name: float(value) for name, value in terms.items()}))
-    return {**found, "loss": sum(weights[name.partition(".")[0]] * value for name, value in found.items())}
+    return terms
+
+
+def _fetch(
+    session: Session, stage: StageSpec, parts: dict[str, Tensor], norm: Tensor
+) -> tuple[dict[str, float], float]:
+    """Every loss term over all processes, their weighted sum as `loss`, and the gradient's norm, as numbers.
+
+    This is the one place of a step where the host waits for the device, once for all of them.
+    """
+    *values, length = torch.stack([*parts.values(), norm.detach().to(session.team.device, torch.float32)]).tolist()
+    shares = session.team.gather(dict(zip(parts, values, strict=True)))
+    if not any(shares):
+        return {}, length
+    found, weights = summed(shares), {"ce": stage.ce_weight, **stage.weights}
+    return {**found, "loss": sum(weights[name.partition(".")[0]] * value for name, value in found.items())}, length
 
 
 def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     """This process's share of the stage's remaining steps, prepared."""
     spec, position = session.loaded.spec, session.position
+    if stage.batch.pack and session.model.backbone.cannot_pack:
+        raise RunError(
+            f"stage {stage.name!r}: batch.pack: rows of {spec.backbone.use} cannot be packed:"
+            f" {session.model.backbone.cannot_pack}; leave it out"
+        )
     rows, found = session.sources[session.loaded.rows_of(stage).model_dump_json()]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
     stores = {name: store for name, store in session.stores.items() if name in stage.active or name == "tower"}
@@ -269,6 +289,7 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         num_workers=spec.data.workers,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
+        pin_memory=session.team.device.type == "cuda",
     )
 
 

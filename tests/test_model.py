@@ -230,3 +230,18 @@ def test_a_name_needed_inside_is_refused(project: Any, name: str) -> None:
 def test_arrays_of_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="int16; expected float samples"):
         AudioBatch.from_arrays([np.array([1000, -2000], np.int16)], 16_000)
+
+
+def test_heads_compute_in_the_backbones_type(project: Any) -> None:
+    """Products of a bfloat16 backbone's heads are bfloat16; what learns and what the loss sees is float32."""
+    project.spec["backbone"]["dtype"] = "bfloat16"
+    model = build(project.load(), "cpu")
+    rows = JsonlRows(project.folder / "train.jsonl")[10:13]
+    batch = load_batch(rows, model.backbone.preparer, {8_000, 16_000}, 120.0, train=True)
+    seen = set()
+    model.heads["level"].out.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    loss = model.experts["level"].loss
+    model.experts["level"].loss = lambda predicted, *rest: seen.add(predicted.dtype) or loss(predicted, *rest)  # type: ignore
+    sum(model(batch, ["audio", "level"]).sums.values()).backward()
+    assert seen == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in model.heads.parameters()} == {torch.float32}

@@ -79,12 +79,14 @@ class HFBackbone(TowerWork, Backbone):
     """May lie inside the tower."""
     tower_output_path: ClassVar[str] = ""
     """Module whose output is the tower's own, where the tower goes on to project it; the tower itself when empty."""
+    cannot_pack = ""
     packs_sounds: ClassVar[bool] = False
     """Whether the tower takes sounds of unlike lengths without padding; for planning."""
 
     def __init__(self, *, thinking: ThinkingSpec | None = ThinkingSpec(), **options: Any) -> None:  # noqa: B008
         self.thinking = thinking
         self.options = self.options_type(**options)
+        self.dtype = DTYPES[self.options.dtype]
         self.preparer: HFPreparer
         self._embeds: Tensor | None = None
         self._tower: Tensor | None = None
@@ -109,7 +111,7 @@ class HFBackbone(TowerWork, Backbone):
         raise PluginError(f"{type(self).__name__} gives no plan_config, so `coatkit plan` cannot count it")
 
     def load(self, device: torch.device) -> None:
-        dtype, mode = DTYPES[self.options.dtype], self.options.quantize
+        dtype, mode = self.dtype, self.options.quantize
         stock, self.preparer = self.build(dtype)
         if mode != "none":
             self._made_small_from = quantize(stock.get_submodule(self.language_model_path), mode, dtype, device)
@@ -121,7 +123,7 @@ class HFBackbone(TowerWork, Backbone):
     def sketch(self) -> Sketch:
         config = self.plan_config()
         with torch.device("meta"):
-            stock = self.model_class(config).to(DTYPES[self.options.dtype])
+            stock = self.model_class(config).to(self.dtype)
             self._adopt(stock, 0)
         # A tokenizer would have to be fetched; experts bind to the two rates only.
         rates: Any = SimpleNamespace(sample_rate=HFPreparer.sample_rate, frame_rate=HFPreparer.frame_rate)
@@ -137,7 +139,7 @@ class HFBackbone(TowerWork, Backbone):
             vocabulary=int(output.shape[0]),
             tower_flops=self.tower_flops,
             tower_backward=self.tower_backward,
-            dtype=DTYPES[self.options.dtype],
+            dtype=self.dtype,
             input_learns=any(p.requires_grad for p in inputs),
             output_learns=output.requires_grad,
             tower_window=None if self.packs_sounds else self.window_seconds,
@@ -161,6 +163,9 @@ class HFBackbone(TowerWork, Backbone):
             self.language_model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
+        if self.options.compile and self._made_small_from is None and not next(model.parameters()).is_meta:
+            for layer in self.language_model.layers:  # one by one: they are alike, so one compilation serves all
+                layer.compile(dynamic=True)
         model.train = self._train_mode
         self.audio_dims = {"consumed": self.hidden_size, "tower": self._tower_width()}
 
@@ -282,7 +287,7 @@ class HFBackbone(TowerWork, Backbone):
             yield
             return
         inside = torch.arange(inputs.tower.shape[1], device=inputs.tower.device) < inputs.audio_lengths[:, None]
-        frames = inputs.tower[inside].to(DTYPES[self.options.dtype])
+        frames = inputs.tower[inside].to(self.dtype)
         output = BaseModelOutput(last_hidden_state=self.tower_output(frames, inputs.tokens))
         self.tower.forward = lambda *args, **kwargs: output
         try:
@@ -347,12 +352,12 @@ class HFBackbone(TowerWork, Backbone):
         return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def _cast(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        dtype = DTYPES[self.options.dtype]
+        dtype = self.dtype
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tokens.items()}
 
     def _narrowed(self, device: torch.device) -> torch.autocast:
         """What learns is float32 amid bfloat16 weights: let torch narrow it in each operation, trainer or not."""
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.dtype == "bfloat16")
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
@@ -370,7 +375,7 @@ class HFBackbone(TowerWork, Backbone):
 
     def merge(self) -> None:
         """Put the adapters into the weights, for good; a quantised language model takes plain weights of `dtype`."""
-        merge(self.model, DTYPES[self.options.dtype])
+        merge(self.model, self.dtype)
 
     def units(self) -> list[nn.Module]:
         # Not the tower's layers: a process whose rows have no sound does not call them.

@@ -47,6 +47,7 @@ class BackboneOptions(BaseModel):
     lora: LoraOptions = LoraOptions()
     train: TrainOptions = TrainOptions()
     gradient_checkpointing: bool = Field(False, description="recompute language-model layers in the backward pass")
+    compile: bool = Field(False, description="compile the language model's layers (torch.compile), for long runs")
     weights: str = Field("default", description="`default`, `random` (tests only; announced), or a local folder")
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="hold the language model's frozen layers in 8 or 4 bits (QLoRA; needs coatkit[qlora])"

@@ -6,8 +6,9 @@ number of workers gives the same items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from coatkit.data import audio as sound
 from coatkit.data.batches import BatchPlan, split
 from coatkit.data.rows import Row, Rows, learning
 from coatkit.errors import DataError, RunError
+from coatkit.packing import packed
 from coatkit.protocols import AudioBatch, Inputs, Preparer
 from coatkit.spec_data import DataSpec
 from coatkit.store import Store, sound_key
@@ -53,6 +55,23 @@ class Step:
     error: str = ""
     epoch: float = 0.0
     """Passes over the rows done when this step is."""
+
+    def pin_memory(self) -> Step:
+        """The same in page-locked memory, from which a GPU copies while the host goes on; the loader calls it."""
+        return cast(Step, each_tensor(self, Tensor.pin_memory))
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of dataclasses, lists and mappings with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: each_tensor(getattr(value, f.name), change) for f in fields(value)})
+    if isinstance(value, list):
+        return [each_tensor(one, change) for one in value]
+    if isinstance(value, dict):
+        return {key: each_tensor(one, change) for key, one in value.items()}
+    return value
 
 
 def load_batch(
@@ -175,4 +194,7 @@ class StepDataset(Dataset[Step]):
         return self._batch(kept) if kept else None
 
     def _batch(self, rows: list[Row]) -> Batch:
-        return load_batch(rows, self.preparer, self.rates, self.data.max_seconds, train=True, stores=self.stores)
+        batch = load_batch(rows, self.preparer, self.rates, self.data.max_seconds, train=True, stores=self.stores)
+        if self.plan.batch.pack:
+            batch.inputs = packed(batch.inputs)
+        return batch

@@ -36,6 +36,8 @@ class Qwen25Omni(HFBackbone):
     projector_path: ClassVar[str] = "model.audio_tower.proj"
     tower_output_path: ClassVar[str] = "model.audio_tower.ln_post"
     packs_sounds: ClassVar[bool] = True
+    # Position ids of one kind are taken for text alone: rows of one sequence would see each other without a word.
+    cannot_pack = "transformers' Qwen2.5-Omni lets packed rows attend to each other"
 
     def plan_config(self) -> Qwen2_5OmniThinkerConfig:
         if self.options.weights == "default":
