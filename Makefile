@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -89,7 +89,14 @@ bench-experts: setup
 bench-data: setup
 	$(BIN)/python benchmarks/data.py
 
-# A training step against the bare language model and against a plain implementation; about an hour.
+# All of them, one after the other; about an hour on two cores with nothing else running.
+bench: bench-startup bench-data bench-prefill bench-growth bench-train
+
+# How a training step grows with tokens, rows, experts and the manifest. Writes its table in docs/performance.md.
+bench-growth: setup weights
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py
+
+# A training step against the bare language model and against a plain implementation; about half an hour.
 bench-train: setup weights
 	$(BIN)/python benchmarks/train_step.py --write
 

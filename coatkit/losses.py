@@ -115,7 +115,9 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             mass = values.sub_(top).exp_().sum(-1, keepdim=True)
             total += (mass.log() + top - right).sum()
             values.div_(mass).scatter_add_(-1, tokens[:, None], values.new_full((len(tokens), 1), -1.0))
-            gradients += torch.autograd.grad(logits, states, values.to(logits.dtype))
+            logits.backward(values.to(logits.dtype))  # not autograd.grad, with which torch's counters fail
+            assert states.grad is not None
+            gradients.append(states.grad)
         ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
         return total
 

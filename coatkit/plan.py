@@ -34,7 +34,7 @@ class Gpu:
 
     Attributes:
         half: Bfloat16 operations per second, without sparsity.
-        single: Float32 operations per second, without tensor cores: heads and experts compute in real float32.
+        single: Float32 operations per second, without tensor cores: experts compute in real float32.
         memory: Bytes.
     """
 
@@ -276,7 +276,7 @@ def _network(loaded: LoadedSpec, notes: list[str]) -> tuple[Network, dict[str, E
         experts[name], heads[name] = expert, _head(loaded, name, backbone, expert)
         try:
             with foreign_code(lambda error: f"{type(error).__name__}: {error}"):
-                curves[name] = head_curve(heads[name], backbone.hidden_size, language.learns)
+                curves[name] = head_curve(heads[name], backbone.hidden_size, language.learns, sketch.dtype)
         except PluginError as error:
             use = loaded.chosen[f"heads.{name}"].component.use
             notes.append(

@@ -75,11 +75,12 @@ def language_curve(sketch: Sketch, width: int) -> Curve:
         return _curve(run, decoder)
 
 
-def head_curve(head: nn.Module, width: int, learns: bool) -> Curve:
+def head_curve(head: nn.Module, width: int, learns: bool, dtype: torch.dtype) -> Curve:
     """Of a head over one sound's positions.
 
     Args:
         learns: Whether something before the head learns too.
+        dtype: Type of the backbone's products, in which the head's are computed.
     """
 
     def run(positions: int) -> Tensor:
@@ -87,7 +88,8 @@ def head_curve(head: nn.Module, width: int, learns: bool) -> Curve:
         made: Tensor = head(states, torch.ones(1, positions, dtype=torch.bool, device="meta"))
         return made
 
-    return _curve(run, head)
+    with _narrowing(head) if dtype == torch.bfloat16 else nullcontext():
+        return _curve(run, head)
 
 
 def _curve(run: Callable[[int], Tensor], network: nn.Module) -> Curve:
@@ -254,7 +256,7 @@ class Network:
                 curve = self.curves[name]
                 longest = [self.lengths.thinking(max(part.seconds, default=0.0)) for part in parts]
                 heads = [curve.work(len(part.seconds), m) for part, m in zip(parts, longest, strict=True)]
-                found[f"head {name}"] = mean(heads, exact=True)
+                found[f"head {name}"] = mean(heads, exact=False)
             if name in expert_flops:
                 flops = [expert_flops[name] * sum(part.seconds) for part in parts]
                 found[f"expert {name}"] = mean([Work(f, 0.0) for f in flops], exact=True)
