@@ -98,6 +98,7 @@ def save(
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
         for file in (*partial.iterdir(), partial):
             _sync(file)
+        shutil.rmtree(final, ignore_errors=True)  # one that somebody damaged
         os.replace(partial, final)
         _sync(folder)
         for old in complete(folder)[:-keep]:

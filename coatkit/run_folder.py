@@ -3,7 +3,7 @@
 spec.yaml         the resolved spec         metrics.jsonl     one line per step
 run.json          versions and digests      quarantine.jsonl  rows that were set aside
 checkpoints/      see coatkit.checkpoint    skipped.jsonl     steps that gave NaN or Inf
-tensorboard/      the curves
+tensorboard/      the curves                gradients.jsonl   each loss's own gradient, where asked for
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coatkit.errors import RunError
 from coatkit.files import write_atomic
 
 FORMAT = 1
-_FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout")
+_FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout", "gradients_every")
 """Keys that may differ on resume: they change no number."""
 
 
@@ -36,6 +36,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
         self.skipped = path / "skipped.jsonl"
+        self.gradients = path / "gradients.jsonl"
         self.spec = path / "spec.yaml"
         self.record = path / "run.json"
 
@@ -133,7 +134,8 @@ class RunFolder:
 
         A quarantined row stays written down whenever it was found: it is counted once.
         """
-        for file, last in ((self.metrics, step), (self.skipped, step), (self.quarantine, math.inf)):
+        by_step = dict.fromkeys((self.metrics, self.skipped, self.gradients), float(step))
+        for file, last in {**by_step, self.quarantine: math.inf}.items():
             if file.exists():
                 write_atomic(file, "".join(f"{line}\n" for line in _lines(file) if _step_of(line) <= last))
 

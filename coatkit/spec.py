@@ -167,6 +167,9 @@ class Spec(Strict):
     stages: list[StageSpec] = Field(min_length=1, description="trained one after another")
     optimizer: OptimizerSpec = Field(OptimizerSpec(), description="AdamW's settings")
     checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="saving")
+    gradients_every: int = Field(
+        0, ge=0, description="steps between looks at each loss's own gradient on what all share; 0: never"
+    )
     output: Text = Field(description="run folder, relative to the spec")
 
     @field_serializer("thinking")

@@ -30,6 +30,7 @@ from coatkit.data.sources import open_data
 from coatkit.data.steps import Batch, Step, StepDataset, load_batch
 from coatkit.errors import DataError, RunError
 from coatkit.features import open_stores
+from coatkit.gradients import look
 from coatkit.model import CoatModel
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
 from coatkit.parallel import Learner, Team, summed
@@ -91,6 +92,8 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     if not resume:
         team.once(run.refuse_if_taken)
     torch.manual_seed(spec.seed + team.rank)  # each process drops out its own
+    if spec.gradients_every and (team.shards or team.zero_stage):
+        raise RunError("gradients_every: losses cannot be told apart where parameters are sharded; set it to 0")
     model = build(loaded, str(team.device))
     for stage in spec.stages:
         group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
@@ -153,6 +156,7 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * shape
+        _look(session, step, stage)
         sums = _accumulate(session, wrapped, optimizer, step, stage)
         terms, norm = _fetch(session, stage, sums, team.clip(optimizer, named.values(), spec.optimizer.clip_norm))
         healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
@@ -242,6 +246,18 @@ def _accumulate(
         for name, value in means.items():
             terms[name] = terms.get(name, 0) + value.detach().float()
     return terms
+
+
+def _look(session: Session, step: TeamStep, stage: StageSpec) -> None:
+    """Now and then, write down each loss's own gradient on what all share; on the first process's first rows."""
+    every, position = session.loaded.spec.gradients_every, session.position
+    batch = next((b for b in step.batches if b is not None), None)
+    if not every or position.step % every or not session.team.leads or batch is None:
+        return
+    weights = {"ce": stage.ce_weight, **stage.weights}
+    seen = look(session.model, batch, stage.active, weights)
+    with session.run.gradients.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": position.step + 1, "stage": stage.name, **seen}, ensure_ascii=False) + "\n")
 
 
 def _fetch(
