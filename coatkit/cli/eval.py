@@ -26,6 +26,9 @@ _LINE_EVERY = 15.0
 @click.option("--limit", type=click.IntRange(1), help="Only the first rows of each task.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Rows asked together.")
 @click.option("--untrained", is_flag=True, help="The model as it was before training.")
+@click.option("--vanilla", is_flag=True, help="As before training, and without the thinking block.")
+@click.option("--cot", is_flag=True, help="Ask it to reason in words first (text chain-of-thought), a baseline.")
+@click.option("--max-thought-tokens", type=click.IntRange(1, 4096), help="With --cot: longest thought. [default: 256]")
 @click.option(
     "--shuffle-audio", is_flag=True, help="Exchange sounds between the rows of a task: what needs no hearing."
 )
@@ -45,6 +48,9 @@ def command(
     limit: int | None,
     batch: int,
     untrained: bool,
+    vanilla: bool,
+    cot: bool,
+    max_thought_tokens: int | None,
     shuffle_audio: bool,
     seed: int,
     skip_bad: bool,
@@ -62,12 +68,15 @@ def command(
       coatkit eval RUN --data heldout.jsonl --metric exact
       coatkit eval RUN --data suite.yaml
       coatkit eval RUN --data suite.yaml --shuffle-audio
+      coatkit eval RUN --data suite.yaml --vanilla --cot
       coatkit eval RUN --data test.jsonl --metric choice --choices speech,music,noise
     """
     import json
 
     from coatkit.errors import SpecError
 
+    if max_thought_tokens is not None and not cot:
+        raise click.UsageError("--max-thought-tokens: there is no thought in words without --cot")
     options = {"metric": metric, "choices": choices, "reference": reference, "max_new_tokens": max_new_tokens}
     given = {key: value for key, value in options.items() if value is not None}
     if metric is not None:
@@ -99,6 +108,7 @@ def command(
             limit=limit,
         )
         name = data.stem
+    from coatkit.evaluation.cot import THOUGHT_TOKENS
     from coatkit.evaluation.evaluate import evaluate
 
     folder, results = evaluate(
@@ -106,7 +116,9 @@ def command(
         name,
         tasks,
         out=out,
-        trained=not untrained,
+        trained=not (untrained or vanilla),
+        block=not vanilla,
+        cot=(max_thought_tokens or THOUGHT_TOKENS) if cot else None,
         shuffle=seed if shuffle_audio else None,
         batch=batch,
         skip_bad=skip_bad,
@@ -141,6 +153,8 @@ class _Progress:
 
 def _table(results: dict[str, Any]) -> list[str]:
     what = [f"{results['run']}, " + (f"step {results['step']}" if results["trained"] else "untrained")]
+    what += [] if results["block"] else ["without the thinking block"]
+    what += [] if results["cot"] is None else [f"text chain-of-thought of up to {results['cot']} tokens"]
     what += [] if results["shuffled_sounds"] is None else [f"sounds SHUFFLED (seed {results['shuffled_sounds']})"]
     lines = [f"{'; '.join(what)}: {results['data']}"]
     rows = [("task", "metric", "rows", "score", "95 % interval", "unread", "most frequent")]
@@ -158,6 +172,8 @@ def _table(results: dict[str, Any]) -> list[str]:
             lines.append(f"  {name}: {task['bad']} bad rows left out, first: {task['bad_rows'][0]['reason']}")
         if task["empty_references"]:
             lines.append(f"  {name}: {task['empty_references']} rows whose reference is empty do not count")
+        if task.get("cot_unfinished"):
+            lines.append(f"  {name}: {task['cot_unfinished']} rows came to no 'Answer:'; all they said counts")
         if task.get("own_sound"):
             lines.append(f"  {name}: {task['own_sound']} rows kept their own sound")
     if any("parse_failures" in task for task in results["tasks"].values()):

@@ -22,7 +22,7 @@ def compare(first: Path, second: Path) -> dict[str, tuple[str, Paired]]:
         RunError: If one is no finished evaluation, or they have not the same tasks, metrics, data or rows; names where
             they part.
     """
-    one, two = _finished(first), _finished(second)
+    one, two = read_finished(first), read_finished(second)
     if (names := [list(part) for part in (one, two)])[0] != names[1]:
         raise RunError(f"{first} and {second} have other tasks: {', '.join(names[0])} and {', '.join(names[1])}")
     found = {}
@@ -31,15 +31,19 @@ def compare(first: Path, second: Path) -> dict[str, tuple[str, Paired]]:
         for key in ("metric", "language", "data"):
             if task[key] != other[key]:
                 raise RunError(f"task {name!r}: {first} and {second} differ in {key}: {task[key]} and {other[key]}")
-        _same_rows(name, lines, others, (first, second))
+        check_same_rows(name, lines, others, (first, second))
         score = METRICS[task["metric"]]
         scored = [score(answers_of(part), task["language"]) for part in (lines, others)]
         found[name] = task["metric"], paired(scored[0], scored[1])
     return found
 
 
-def _finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each task's scoring and its lines."""
+def read_finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each task's scoring and its lines.
+
+    Raises:
+        RunError: If the folder holds no finished evaluation.
+    """
     record = read_record(folder)
     lines = read_lines(folder / "predictions.jsonl")
     if not (folder / "results.json").exists() or any("score" not in line and "bad" not in line for line in lines):
@@ -51,9 +55,14 @@ def _finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, An
     }
 
 
-def _same_rows(
+def check_same_rows(
     name: str, one: Sequence[dict[str, Any]], two: Sequence[dict[str, Any]], folders: tuple[Path, Path]
 ) -> None:
+    """Check that two evaluations of a task answered the same rows.
+
+    Raises:
+        RunError: If they did not; names where they part.
+    """
     for a, b in zip(one, two, strict=False):
         if wrong := [key for key in _SAME if a.get(key) != b.get(key)]:
             raise RunError(

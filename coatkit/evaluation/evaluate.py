@@ -8,6 +8,7 @@ from typing import Any
 
 from coatkit import infer
 from coatkit.errors import RunError
+from coatkit.evaluation.cot import without_block
 from coatkit.evaluation.generate import Say, answer_all, folder_for, identity
 from coatkit.evaluation.items import Task, refuse_bad, shuffle_sounds, unhearable
 from coatkit.evaluation.metrics import METRICS
@@ -23,6 +24,8 @@ def evaluate(
     *,
     out: Path | None = None,
     trained: bool = True,
+    block: bool = True,
+    cot: int | None = None,
     shuffle: int | None = None,
     batch: int = 8,
     skip_bad: bool = False,
@@ -38,6 +41,8 @@ def evaluate(
         tasks: From `tasks_of_suite` or `tasks_of_rows`; their rows change with `shuffle`.
         out: Where answers and results go; `RUN/eval/NAME` when left out. Answers that are there are used again.
         trained: False for the model as it was before training.
+        block: False leaves the thinking block out.
+        cot: Tokens for a thought in words before the answer; None asks for none.
         shuffle: Seed by which rows of a task exchange their sounds; None leaves them alone.
         batch: Rows asked together.
         skip_bad: Leave bad rows out, and say so in the results, where else they are refused.
@@ -58,18 +63,22 @@ def evaluate(
     for task in tasks:  # a library that is missing is told before hours of asking
         METRICS[task.spec.metric]((), task.spec.language)
     model = infer.load(run, trained=trained, device=device)
+    if not block:
+        without_block(model)
     unhearable(tasks, model.backbone.preparer)
     refuse_bad(tasks, skip_bad)
     if shuffle is not None:
         shuffle_sounds(tasks, shuffle)
         if all(task.own_sound == sum(bool(i.seconds) for i in task.items) for task in tasks):
             raise RunError("no sound can be shuffled: no task has two rows with different sounds")
-    known = identity(model, folder, tasks, batch=batch, shuffled=shuffle)
+    known = identity(model, folder, tasks, batch=batch, shuffled=shuffle, block=block, cot=cot)
     scoring = {task.spec.name: {"metric": task.spec.metric, "language": task.spec.language} for task in tasks}
-    with Predictions(out or folder_for(run, name, trained=trained, shuffled=shuffle), known, restart=restart) as kept:
-        answer_all(model, tasks, kept, batch=batch, skip_bad=skip_bad, say=say)
+    place = out or folder_for(run, name, trained=trained, shuffled=shuffle, block=block, cot=cot)
+    with Predictions(place, known, restart=restart) as kept:
+        answer_all(model, tasks, kept, batch=batch, cot=cot, skip_bad=skip_bad, say=say)
         scores, lines = score_tasks(tasks, kept.lines)
-        about = {"run": str(run), "step": model.step, "trained": trained, "shuffled_sounds": shuffle, "data": name}
+        about = {"run": str(run), "step": model.step, "trained": trained, "block": block, "cot": cot}
+        about |= {"shuffled_sounds": shuffle, "data": name}
         results = {**made_with(about), "tasks": scores}
         kept.finish(lines, results, scoring)
     return kept.folder, results

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from coatkit.errors import DataError
+from coatkit.evaluation.cot import INSTRUCTION, Reasoned, reason
 from coatkit.evaluation.items import Item, Task, batches
 from coatkit.evaluation.predictions import Predictions
 from coatkit.files import file_sha256
@@ -19,13 +20,22 @@ Say = Callable[[int, int], None]
 
 
 def identity(
-    model: AudioThinker, run: RunFolder, tasks: Sequence[Task], *, batch: int, shuffled: int | None
+    model: AudioThinker,
+    run: RunFolder,
+    tasks: Sequence[Task],
+    *,
+    batch: int,
+    shuffled: int | None,
+    block: bool = True,
+    cot: int | None = None,
 ) -> dict[str, Any]:
     """All that answers depend on: the model, the rows, and how they are asked.
 
     Args:
         batch: Rows asked together.
         shuffled: Seed by which sounds are shuffled; None when rows have their own.
+        block: Whether the thinking block is there.
+        cot: Tokens for a thought in words; None where none is asked for.
     """
     record = run.read_record()
     digest = hashlib.sha256(str(record["backbone"]["fingerprint"]).encode())
@@ -38,6 +48,9 @@ def identity(
         "device": next(model.backbone.model.parameters()).device.type,
         "batch": batch,
         "shuffled_sounds": shuffled,
+        # None where nothing is out of the ordinary: evaluations that know no such keys are the same.
+        "without_block": None if block else True,
+        "cot": None if cot is None else {"max_thought_tokens": cot, "instruction": INSTRUCTION},
         "tasks": {
             task.spec.name: {
                 "data": task.sha256,
@@ -60,6 +73,7 @@ def answer_all(
     into: Predictions,
     *,
     batch: int,
+    cot: int | None = None,
     skip_bad: bool = False,
     say: Say = lambda done, total: None,
 ) -> None:
@@ -68,6 +82,7 @@ def answer_all(
     Args:
         into: Where answers are kept; open.
         batch: Rows asked together.
+        cot: Tokens for a thought in words; None asks for none.
         skip_bad: Write down rows whose sound cannot be decoded, and go on.
 
     Raises:
@@ -80,16 +95,25 @@ def answer_all(
     for task, part in planned:
         if all(item.key in into.lines for item in part):
             continue
-        answers = _ask(model, part, task.spec.max_new_tokens, skip_bad)
+        answers = _ask(model, part, task.spec.max_new_tokens, cot, skip_bad)
         into.append([_line(item, answer) for item, answer in zip(part, answers, strict=True)])
         done += len(part)
         say(done, total)
 
 
-def _ask(model: AudioThinker, items: Sequence[Item], most: int, skip_bad: bool) -> list[str | DataError]:
+def _ask(
+    model: AudioThinker, items: Sequence[Item], most: int, cot: int | None, skip_bad: bool
+) -> list[str | Reasoned | DataError]:
     """An answer for each item, or why there is none."""
+
+    def said(part: Sequence[Item]) -> list[str] | list[Reasoned]:
+        rows = [item.row for item in part]
+        if cot is None:
+            return model.answer(rows, max_new_tokens=most)
+        return reason(model, rows, max_new_tokens=most, max_thought_tokens=cot)
+
     try:
-        return list(model.answer([item.row for item in items], max_new_tokens=most))
+        return list(said(items))
     except DataError as error:
         if not skip_bad:
             raise
@@ -97,8 +121,8 @@ def _ask(model: AudioThinker, items: Sequence[Item], most: int, skip_bad: bool) 
             return [error]
     reasons = {item.key: _cannot(model, item) for item in items}
     good = [item for item in items if reasons[item.key] is None]
-    said = iter(model.answer([item.row for item in good], max_new_tokens=most))
-    return [reason if (reason := reasons[item.key]) is not None else next(said) for item in items]
+    answers: Iterator[str | Reasoned] = iter(said(good))
+    return [why if (why := reasons[item.key]) is not None else next(answers) for item in items]
 
 
 def _cannot(model: AudioThinker, item: Item) -> DataError | None:
@@ -109,12 +133,18 @@ def _cannot(model: AudioThinker, item: Item) -> DataError | None:
     return None
 
 
-def _line(item: Item, answer: str | DataError) -> dict[str, Any]:
-    outcome = {"bad": str(answer)} if isinstance(answer, DataError) else {"answer": answer}
+def _line(item: Item, answer: str | Reasoned | DataError) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"bad": str(answer)} if isinstance(answer, DataError) else {"answer": answer}
+    if isinstance(answer, Reasoned):
+        outcome = {"answer": answer.answer, "thought": answer.thought}
+        outcome |= {} if answer.finished else {"cot_unfinished": True}
     return {**item.described(), **outcome}
 
 
-def folder_for(run: Path, name: str, *, trained: bool, shuffled: int | None) -> Path:
+def folder_for(
+    run: Path, name: str, *, trained: bool, shuffled: int | None, block: bool = True, cot: int | None = None
+) -> Path:
     """Where an evaluation is kept when no other place is named."""
-    suffix = ("" if trained else "-untrained") + ("" if shuffled is None else "-shuffled")
+    suffix = ("" if trained else "-untrained" if block else "-vanilla") + ("" if shuffled is None else "-shuffled")
+    suffix += ("-no-block" if trained and not block else "") + ("" if cot is None else "-cot")
     return run / "eval" / f"{name}{suffix}"

@@ -35,7 +35,7 @@ def score_tasks(
 
 
 def _outcome(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: line[key] for key in ("answer", "bad") if key in line}
+    return {key: line[key] for key in ("answer", "bad", "thought", "cot_unfinished") if key in line}
 
 
 def answers_of(lines: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -62,6 +62,8 @@ def _result(task: Task, lines: Sequence[Mapping[str, Any]], scored: Scored) -> d
     if scored.parse:
         result["parse_failures"] = scored.failures
         result["parse_failure_rate"] = 100 * scored.failures / counted if counted else float("nan")
+    if any("thought" in line for line in lines):
+        result["cot_unfinished"] = sum("cot_unfinished" in line for line in lines)
     if task.own_sound:
         result["own_sound"] = task.own_sound
     result.update(details=scored.details, bad_rows=bad)

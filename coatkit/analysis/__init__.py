@@ -1,0 +1,1 @@
+"""What a trained run knows and costs: looked at, measured and drawn."""
