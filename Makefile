@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -57,10 +57,11 @@ test-qlora: setup .qlora/.installed
 test-deepspeed: setup .deepspeed/.installed
 	PATH="$(CURDIR)/.deepspeed/bin:$$PATH" OMP_NUM_THREADS=1 .deepspeed/bin/python -m pytest tests/test_deepspeed.py
 
+.web/.installed: PACKAGES := playwright==1.65.2 greenlet==3.5.6
 .qlora/.installed: PACKAGES := bitsandbytes==0.50.2
 .deepspeed/.installed: PACKAGES := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 PLACE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-.qlora/.installed .deepspeed/.installed: $(VENV)/.installed
+.qlora/.installed .deepspeed/.installed .web/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PLACE))')" > $$($(@D)/bin/python $(PLACE))/beside.pth
 	$(@D)/bin/python -m pip install -q --no-deps setuptools wheel
@@ -76,6 +77,10 @@ test-own-env: setup .own-env/.installed
 	$(PYTHON) -m venv .own-env
 	.own-env/bin/python -m pip install -q -r tests/own_env/requirements.txt
 	touch $@
+
+# Pages in a browser: playwright with the Chromium of this machine (or that named by CHROMIUM), and none that is fetched.
+test-web: setup .web/.installed
+	OMP_NUM_THREADS=1 .web/bin/python -m pytest -m web tests/web
 
 # The language model's layers compiled: the same losses and gradients; needs a C++ compiler.
 test-compile: setup
@@ -127,4 +132,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web build dist *.egg-info plugins/*/src/*.egg-info

@@ -13,7 +13,7 @@ CORE = ROOT / "coatkit"
 
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
-errors files manifest losses readout progress sharding head_options backbones.options spec_data data.budgets
+errors files manifest memory losses readout progress sharding head_options backbones.options spec_data data.budgets
 spec zero data.lines data.formats.tables
 hookspecs spec_reader protocols precision download weights data.rows checkpoint thinking store
 data.containers data.formats.common
@@ -21,24 +21,27 @@ data.formats.columns
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper backbones.quantize
 data.formats.ms_swift data.formats.sharegpt data.formats.nemo data.formats.lhotse
 data.formats.datasets data.formats.parquet backbones.counting
-spec_file data.readers data.steps backbones.preparer backbones.adapters run_folder
-data.filters
+spec_file data.readers packing backbones.preparer backbones.adapters run_folder
+data.filters data.steps
 data.pools
 data.mixture
 data.sources
 data.scan
 model backbones.hf backbones.folder backbones.tiny
-features
+features gradients
 build optimization run_record plan_rows worker
 foreign
 plan_costs extract data.survey
 plan data.page thought
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite
-evaluation.metrics
-evaluation.bootstrap evaluation.items
-evaluation.predictions evaluation.results
+evaluation.metrics evaluation.cot analysis.plots analysis.page analysis.agreement
+evaluation.bootstrap evaluation.items analysis.latency analysis.hear analysis.view_plots
+evaluation.predictions evaluation.results analysis.latency_local analysis.view
 evaluation.generate evaluation.compare
-evaluation.evaluate
+evaluation.evaluate analysis.ablate_study analysis.ablate_table
+analysis.ablate_arms analysis.ablate_job
+analysis.ablate_processes analysis.ablate_runs
+analysis.ablate
 testing.suite testing.guard testing.sounds testing.checkpoints
 testing.bench testing.fresh
 testing.loading
@@ -47,19 +50,22 @@ testing.expert_encoding testing.expert_loading testing.expert_loss testing.backb
 testing.backbone_loading testing.backbone_preparing testing.backbone_forward
 testing.backbone_learning testing.backbone_generating testing.backbone_folder testing.backbone_sketch
 testing.experts testing.backbones
-cli.ask cli.cache cli.check cli.compare cli.data cli.eval cli.fetch cli.mix cli.plan cli.plugins cli.train
+cli.ablate
+cli.ask cli.cache cli.check cli.compare cli.data cli.eval cli.fetch cli.latency cli.mix cli.plan cli.plugins cli.train
+cli.view
 cli
 __main__
 """
 LAYER_OF = {name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 # Their __init__ holds nothing, or names imported on first use.
-PACKAGES = {"", "data", "data.formats", "backbones", "evaluation", "testing"}
+PACKAGES = {"", "data", "data.formats", "backbones", "evaluation", "analysis", "testing"}
 
 # What the spec and the command line may cost at import time.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
     *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_data", "spec_file", "spec_reader"),
     *("assets", "download", "head_options", "backbones.options", "evaluation.suite"),
+    *("analysis.ablate_study", "analysis.ablate_arms"),
 }
 
 MODULES = {
@@ -190,7 +196,8 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 # What stands beside the method: commands, planning, drawing and looking at data, readers of foreign formats, other
-# interpreters and launchers, the feature store, evaluation and analysis, and the kit for authors. The rest is what a reader of the method goes through.
+# interpreters and launchers, the feature store, evaluation and analysis, and the kit for authors. The rest is what a
+# reader of the method goes through.
 ASIDE = ("testing", "cli", "plan", "evaluation", "data.formats", "data.lines", "data.containers", "data.mixture")
 ASIDE += ("data.pools", "data.budgets", "data.filters", "data.survey", "data.page", "extract", "foreign", "worker")
 ASIDE += ("zero", "backbones.quantize", "download", "store", "features", "thought", "analysis")

@@ -11,7 +11,8 @@ from coatkit import cli, plugins
 from coatkit.manifest import Manifest
 from coatkit.plugins import Broken, Installed, Registry
 
-COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "eval", "compare", "plugins"]
+COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "eval", "compare"]
+COMMANDS += ["ablate", "latency", "plugins"]
 
 SPEC = """\
 name: quick

@@ -17,8 +17,11 @@ _COMMANDS = {
     "mix": "Draw the mixtures of a spec, and say what was drawn.",
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",
+    "view": "See and hear what a trained run thinks of a sound.",
     "eval": "Score a run's answers to rows it was not trained on.",
     "compare": "Compare two evaluations of the same rows.",
+    "ablate": "Train, evaluate and compare the arms of an ablation.",
+    "latency": "Measure the time to the first token and to the whole answer.",
     "plugins": "List experts, heads and backbones, and what failed to load.",
 }
 
