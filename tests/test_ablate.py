@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from click.testing import CliRunner
 from coatkit import plugins
 from coatkit.analysis.ablate import ablate
 from coatkit.analysis.ablate_arms import Arm, arms_of, own_loss
+from coatkit.analysis.ablate_job import Job
+from coatkit.analysis.ablate_processes import Pool
 from coatkit.analysis.ablate_study import CONTROLS, PAPER, ArmSpec, StudySpec, read_study, study_of_spec
 from coatkit.analysis.ablate_table import score_arms
 from coatkit.cli import cli
@@ -543,6 +546,24 @@ def test_killed_and_stopped_runs_go_on(project: Any) -> None:
         assert steps == list(range(1, 61))
 
 
+@pytest.mark.parametrize(("asked", "state"), [(True, "stopped"), (False, "failed")])
+def test_a_process_that_ends_while_it_starts(tmp_path: Path, asked: bool, state: str) -> None:
+    job = Job("spec.yaml", [], "suite.yml", None, 8, [], False, str(tmp_path / "result.json"))
+    with (tmp_path / ".lock").open("w") as lock, Pool(tmp_path, 1, lock.fileno()) as pool:
+        pool.start("one/seed-0", job)
+        process = pool.running["one/seed-0"].process.pid
+        assert os.getsid(process) == process  # Ctrl-C in a terminal does not reach it
+        if asked:
+            pool.stop()
+        else:
+            os.kill(process, signal.SIGTERM)
+        while not (seen := list(pool.look())):
+            pass  # looking waits
+    ((name, ended, running),) = seen
+    assert (name, ended.state, running, pool.running) == ("one/seed-0", state, False, {})
+    assert ("SIGTERM" in ended.reason) is not asked
+
+
 # Draws of seeds and rows
 
 
@@ -612,3 +633,24 @@ def test_arms_are_compared_on_the_seeds_both_have(studied: Any) -> None:
     found = score_arms(place, {"plain": "plain", "both": "plain"})["clips"]["arms"]
     assert (list(found["both"]["seeds"]), found["both"]["difference"]["seeds"]) == (["0", "1"], [1])
     assert "difference" not in score_arms({"both": place["both"]}, {"both": "plain"})["clips"]["arms"]["both"]
+
+
+def test_a_difference_is_the_arm_less_its_baseline(studied: Any, tmp_path: Path) -> None:
+    place: dict[str, dict[int, Path]] = {"plain": {}, "both": {}}
+    right = {"plain": [0, 1], "both": [3, 3]}  # of four rows, for each seed
+    for name, seeds in place.items():
+        for seed in (0, 1):
+            seeds[seed] = tmp_path / name / str(seed)
+            shutil.copytree(studied.folder / f"runs/study/arms/{name}/seed-{seed}/eval/small", seeds[seed])
+            file = seeds[seed] / "predictions.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            for i, line in enumerate(lines):
+                line["answer"] = line["references"][0] if i < right[name][seed] else "?"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = score_arms(place, {"plain": "plain", "both": "plain"})["clips"]["arms"]["both"]["difference"]
+    assert (found["points"], found["by_seed"]) == (62.5, {"0": 75, "1": 50})
+    assert 0 <= found["low"] < 62.5 < found["high"] <= 100
+    assert found["p_seeds"] == pytest.approx(2 / np.pi * np.arctan(12.5 / 62.5))  # one degree of freedom: t is 5
+    (place["both"][0] / "results.json").unlink()
+    with pytest.raises(RunError, match="is not finished"):
+        score_arms(place, {"plain": "plain", "both": "plain"})

@@ -35,8 +35,8 @@ plan_costs extract data.survey
 plan data.page thought
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite
 evaluation.metrics evaluation.cot analysis.plots analysis.page analysis.agreement
-evaluation.bootstrap evaluation.items analysis.latency analysis.hear analysis.view_plots
-evaluation.predictions evaluation.results analysis.latency_local analysis.view
+evaluation.bootstrap evaluation.items analysis.latency analysis.report_read analysis.hear analysis.view_plots
+evaluation.predictions evaluation.results analysis.latency_local analysis.report analysis.view
 evaluation.generate evaluation.compare
 evaluation.evaluate analysis.ablate_study analysis.ablate_table
 analysis.ablate_arms analysis.ablate_job
@@ -52,7 +52,7 @@ testing.backbone_learning testing.backbone_generating testing.backbone_folder te
 testing.experts testing.backbones
 cli.ablate
 cli.ask cli.cache cli.check cli.compare cli.data cli.eval cli.fetch cli.latency cli.mix cli.plan cli.plugins cli.train
-cli.view
+cli.report cli.view
 cli
 __main__
 """

@@ -12,7 +12,7 @@ from coatkit.manifest import Manifest
 from coatkit.plugins import Broken, Installed, Registry
 
 COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "eval", "compare"]
-COMMANDS += ["ablate", "latency", "plugins"]
+COMMANDS += ["ablate", "report", "latency", "plugins"]
 
 SPEC = """\
 name: quick

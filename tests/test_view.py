@@ -312,11 +312,11 @@ def test_everything_is_written(seen: view.View, tmp_path: Path) -> None:
         "expert-audio.png",
         "expert-level.png",
         "decoded.png",
-        "decoded-target.flac",
-        "decoded-prediction.flac",
+        "decoded-target.wav",
+        "decoded-prediction.wav",
     }
     for name in ("target", "prediction"):
-        samples, rate = soundfile.read(path.parent / f"decoded-{name}.flac")
+        samples, rate = soundfile.read(path.parent / f"decoded-{name}.wav")
         assert (len(samples), rate) == (round(0.475 * hear.RATE), hear.RATE)
     found = json.loads((path.parent / "results.json").read_text())
     assert found["experts"]["audio"]["cosine"] == seen.scores["audio"]["cosine"]

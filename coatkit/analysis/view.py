@@ -27,6 +27,8 @@ from coatkit.thought import Heard
 QUESTION = "What is heard?"
 """Asked where no question is: the block stands after a question in most runs, so there has to be one."""
 _MAX_SECONDS = 600.0
+_PLAYED = 24_000
+"""Hz at most of the original in the page."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ def write(view: View, folder: Path) -> Path:
         for name, png in drawn.items():
             (folder / f"{_plain(name)}.png").write_bytes(png)
         for part, samples in ({} if view.hearing is None else view.hearing.sounds).items():
-            (folder / f"decoded-{part}.flac").write_bytes(page.flac(samples, hear.RATE))
+            (folder / f"decoded-{part}.wav").write_bytes(page.wav(samples, hear.RATE))
         write_atomic(folder / "results.json", json.dumps(results(view), indent=1, ensure_ascii=False) + "\n")
         write_atomic(path, made)
     except OSError as error:
@@ -299,7 +301,10 @@ def page_of(view: View, drawn: Mapping[str, bytes]) -> str:
 
 
 def _sounds(view: View, drawn: Mapping[str, bytes]) -> Html:
-    parts = [page.player(view.samples, view.rate, "original")]
+    samples, rate = view.samples, view.rate
+    if rate > _PLAYED:
+        samples, rate = sound.resample(samples, rate, _PLAYED), _PLAYED
+    parts = [page.player(samples, rate, "original")]
     said: list[Html] = []
     asked_too = "" if view.answer is not None else " (asked, because the model thinks about a question)"
     said.append(page.paragraph(f"Question{asked_too}: {view.question}"))

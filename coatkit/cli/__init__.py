@@ -21,6 +21,7 @@ _COMMANDS = {
     "eval": "Score a run's answers to rows it was not trained on.",
     "compare": "Compare two evaluations of the same rows.",
     "ablate": "Train, evaluate and compare the arms of an ablation.",
+    "report": "Make one page of a run, or of several side by side.",
     "latency": "Measure the time to the first token and to the whole answer.",
     "plugins": "List experts, heads and backbones, and what failed to load.",
 }
