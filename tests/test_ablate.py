@@ -476,6 +476,15 @@ def test_an_arm_that_fails_stops_no_other(project: Any) -> None:
     code, said = call(path, "--in-process", "--json")
     assert "1 to do" in said
     assert code == 3
+    # A failure stays told until it is tried again.
+    code, said = call(path, "--in-process", "--max-minutes", "1e-9")
+    assert (code, "bad/seed-0: 1 steps gave NaN or Inf" in said) == (3, True)
+    # What is thrown away is no longer in the table, though asking again fails.
+    for file in (project.folder / "runs/study/arms/good/seed-0").glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(b"damaged")
+    code, said = call(path, "--in-process", "--restart")
+    assert (code, "2 of 2 runs failed" in said) == (3, True)
+    assert json.loads((project.folder / "runs/study/results.json").read_text())["tasks"] == {}
 
 
 # In processes of their own

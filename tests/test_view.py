@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 import coatkit
 from coatkit import cli
@@ -142,6 +143,22 @@ def test_a_linear_map_is_found_again_and_noise_is_not() -> None:
     assert hear.fit(_clips(30, noise=1.0)[0], 25.0).fit.r2 < 0.05
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_neighbours_are_seen_on_both_sides(shift: int) -> None:
+    clips, _ = _clips(30)
+    assert hear.fit([(features.roll(shift, 0), mel) for features, mel in clips], 25.0).fit.r2 > 0.9
+
+
+def test_what_is_told_is_of_clips_that_were_held_out() -> None:
+    clips, _ = _clips(30)
+    odd = [(f, torch.randn(mel.shape) if i % 10 == 9 else mel) for i, (f, mel) in enumerate(clips)]
+    found = hear.fit(odd, 25.0).fit
+    assert found.r2 < 0.05
+    assert found.ridge == min(hear.RIDGES)
+    odd = [(f, torch.randn(mel.shape) if i % 10 == 8 else mel) for i, (f, mel) in enumerate(clips)]
+    assert hear.fit(odd, 25.0).fit.ridge == max(hear.RIDGES)  # others choose it
+
+
 @pytest.mark.parametrize("rate", [12.5, 25.0, 30.0, 50.0, 1000 / 30])
 def test_frames_of_positions_cover_their_time(rate: float) -> None:
     where = hear._frames_of(50, rate)
@@ -166,6 +183,7 @@ def test_a_spectrogram_sounds_as_what_it_was_made_of() -> None:
     spectrum = np.abs(np.fft.rfft(again * np.hanning(len(again))))
     assert abs(int(spectrum.argmax()) - 1000) < 40
     assert abs(20 * math.log10(again.std() / tone.std())) < 6  # 80 bands do not say all of a level
+    torch.manual_seed(12)
     assert np.array_equal(again, hear.audible(mel, len(tone)))
     assert float(np.abs(hear.audible(torch.full((20, hear.BANDS), math.log(hear.FLOOR)), 3200)).max()) < 1e-3
     assert hear.audible(mel[:3], 20_000).shape == (20_000,)
@@ -203,6 +221,26 @@ def test_a_limit_of_sound_is_kept_to(model: AudioThinker) -> None:
     assert len({key for *_, key in found}) == len(found)
     for features, mel, _ in found:
         assert abs(len(features) / 25 - len(mel) / 100) < 0.1
+
+
+def test_a_sound_of_two_rows_is_taken_once_and_bad_rows_are_passed_over(trained: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.run.folder, folder, ignore=shutil.ignore_patterns("view"))
+    rows = (trained.folder / "train.jsonl").read_text()
+    (trained.folder / "clips/empty.wav").write_bytes(b"")
+    again = rows.replace('"id": "', '"id": "again ')
+    (trained.folder / "twice.jsonl").write_text(
+        rows + again + '{"id": "bad"}\n' + rows.replace("r01.flac", "empty.wav", 1)
+    )
+    spec = folder / "spec.yaml"
+    spec.write_text(spec.read_text().replace("train.jsonl", "twice.jsonl"))
+    model = coatkit.load(folder, device="cpu")
+    assert len(list(hear._refs(model))) == 17
+    assert len(list(hear._clips(model, "audio", 600.0))) == 16
+    data = yaml.safe_load(spec.read_text())
+    data["data"]["train"]["filter"] = {"min_seconds": 0.29}
+    spec.write_text(yaml.safe_dump(data))
+    assert len(list(hear._refs(model))) == 8
 
 
 def test_a_sound_that_was_fitted_on_is_named() -> None:
@@ -520,6 +558,7 @@ def test_only_the_pages_own_script_may_run(seen: view.View) -> None:
     assert f"script-src 'sha256-{digest}'" in policy[1]
     assert "default-src 'none'" in policy[1]
     assert "&lt;i&gt;" in made
+    assert "<" not in page.data("d", "</script x").split(">", 1)[1].rpartition("</script>")[0]
 
 
 def test_what_cannot_be_seen_is_shown_and_joined_letters_stay_joined() -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatkit.data import audio as sound
-from coatkit.data.filters import passes, seconds_of
+from coatkit.data.filters import Sieve
 from coatkit.data.rows import AudioRef, Row
 from coatkit.data.sources import open_data
 from coatkit.data.steps import load_batch
@@ -43,7 +43,7 @@ FLOOR = 1e-4
 """Least mel amplitude; 80 dB below 1."""
 CONTEXT = 1
 """Neighbours on each side whose features the map sees too."""
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Strengths that are tried, as shares of the number of positions."""
 SECONDS = 600.0
 """Of training sound that is fitted on, at most."""
@@ -270,11 +270,11 @@ def _refs(model: AudioThinker) -> Iterator[AudioRef]:
             continue
         opened.add(said)
         rows = open_data(source)
-        keep = source.filter if isinstance(source, SourceSpec) else None
+        sieve = Sieve({"filter": source.filter} if isinstance(source, SourceSpec) else {})
         for index in np.random.default_rng(0).permutation(len(rows)):
             try:
                 row = rows.row(int(index))
-                if not row.audios or (keep is not None and not passes(row, seconds_of(row), keep)):
+                if not row.audios or not sieve.takes(row):
                     continue
             except DataError:
                 continue

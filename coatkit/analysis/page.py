@@ -47,7 +47,8 @@ p, ul { margin: .25rem 0 .75rem; }
 .said { border-left: 3px solid var(--mark); padding-left: .8rem; white-space: pre-wrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .35rem .7rem; border-top: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: right; padding: .35rem .7rem; border-top: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: break-word; }
 th { border-top: 0; color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, .words { text-align: left; }
 figure { margin: .75rem 0 0; }
@@ -59,7 +60,7 @@ figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem; }
 .playhead { display: none; position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #d0021b;
   pointer-events: none; }
 .live .playhead { display: block; }
-.players { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .5rem 1.25rem; }
+.players { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .5rem 1.25rem; }
 .players p { margin: .25rem 0 .1rem; }
 audio { width: 100%; height: 38px; display: block; }
 """

@@ -86,4 +86,4 @@ def command(
     path = view.write(seen, run / "view" / view.folder_name(ref, model.step) if out is None else out)
     for line in view.lines(seen):
         click.echo(line)
-    click.echo(f"page: {path}")
+    click.echo(f"page: {click.format_filename(path)}")

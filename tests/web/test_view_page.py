@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,21 +19,6 @@ pytestmark = pytest.mark.web
 
 SECONDS = 2.0
 EVIL = '<img src=x onerror="window.broken = 1"></script><script>window.broken = 2</script>'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-web")
-    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("there is no Chromium here; install one, or name it in CHROMIUM")
-    with api.sync_playwright() as playwright:
-        # A machine for tests has no sound card and no one to press play; a container has no sandbox.
-        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--mute-audio"]
-        started = playwright.chromium.launch(executable_path=found, args=flags)
-        yield started
-        started.close()
 
 
 def made(**changes: Any) -> view.View:
