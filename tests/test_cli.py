@@ -1,6 +1,7 @@
 """The command line: quick to touch, exit codes as promised, no traceback for what was foreseen."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +249,12 @@ def test_plugins_are_listed_with_conflicts_and_failures(
     assert last.split() == ["head", "mlp", "-", "-", "none", "coatkit-head-mlp", "2.0"]
     assert "conflict: expert panns is offered by coatkit-expert-panns 1.0 and other-panns 1.0" in err
     assert "failed: coatkit-expert-clap 0.1 (clap = clap): ImportError: no laion" in err
+
+
+def test_a_file_name_that_is_no_text_is_named_by_its_bytes(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "coatkit", "check", os.fsencode(tmp_path) + b"/no\xff.yaml"], capture_output=True
+    )
+    assert found.returncode == 2
+    assert b"Traceback" not in found.stderr
+    assert b"no\\udcff.yaml" in found.stderr

@@ -69,5 +69,6 @@ def main() -> None:
     try:
         cli(standalone_mode=True)
     except CoatkitError as error:
-        click.echo(f"error: {error}", err=True)
+        # A file name need not be text: what cannot be printed is shown by its bytes.
+        click.echo(f"error: {error}".encode("utf-8", "backslashreplace").decode(), err=True)
         sys.exit(error.exit_code)
