@@ -94,7 +94,21 @@ def load_head(
     return head
 
 
-def unloaded(chosen: Chosen, stored: About) -> Expert:
+def expert_of(loaded: LoadedSpec, name: str, stored: About | None, backbone: Backbone, device: str) -> Expert:
+    """A spec's expert with its weights; where it was run elsewhere (`features.elsewhere`), what its loss needs."""
+    chosen = loaded.chosen[f"experts.{name}"]
+    if stored is not None:
+        return _unloaded(chosen, stored)
+    return load_expert(chosen.component, chosen.options, backbone, device)
+
+
+def head_of(loaded: LoadedSpec, name: str, backbone: Backbone, dim: int, device: str) -> Head:
+    """The head of a spec's expert of width `dim`, as it starts."""
+    chosen = loaded.chosen[f"heads.{name}"]
+    return load_head(chosen.component, chosen.options, backbone.hidden_size, dim, loaded.spec.seed, name).to(device)
+
+
+def _unloaded(chosen: Chosen, stored: About) -> Expert:
     """An expert that was run in another interpreter and cannot be loaded here: only its loss is used."""
     expert: Expert = construct(chosen.component, **chosen.options)
     expert.dim = int(stored.identity["dim"])
@@ -112,13 +126,6 @@ def build(loaded: LoadedSpec, device: str) -> CoatModel:
     experts: dict[str, Expert] = {}
     heads: dict[str, Head] = {}
     for name in spec.experts:
-        expert, head = loaded.chosen[f"experts.{name}"], loaded.chosen[f"heads.{name}"]
-        stored = elsewhere(loaded, name)
-        if stored is None:
-            experts[name] = load_expert(expert.component, expert.options, backbone, device)
-        else:
-            experts[name] = unloaded(expert, stored)
-        heads[name] = load_head(
-            head.component, head.options, backbone.hidden_size, experts[name].dim, spec.seed, name
-        ).to(device)
+        experts[name] = expert_of(loaded, name, elsewhere(loaded, name), backbone, device)
+        heads[name] = head_of(loaded, name, backbone, experts[name].dim, device)
     return CoatModel(backbone, heads, experts)

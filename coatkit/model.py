@@ -130,18 +130,14 @@ class CoatModel(nn.Module):
         count = int(batch.inputs.think_lengths.sum())
         mask = batch.inputs.think_mask.to(device, non_blocking=True)
         lengths = batch.inputs.think_lengths.to(device, non_blocking=True)
-        narrow = self.backbone.dtype != torch.float32
         for name in active:
             expert = self.experts[name]
             if name in batch.stored:
                 target = batch.stored[name].to(device, non_blocking=True)
             else:
                 target = self.target(name, batch, out.audio, lengths)
-            with (
-                _named(name, "head", batch.inputs.row_ids),
-                torch.autocast(device.type, dtype=self.backbone.dtype, enabled=narrow),
-            ):
-                predicted = self.heads[name](out.thinking.float(), mask).float()
+            with _named(name, "head", batch.inputs.row_ids):
+                predicted = self.predict(name, out.thinking.float(), mask)
             with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
                 terms = expert.loss(predicted, target, mask)
                 if not isinstance(terms, dict) or any(value.ndim for value in terms.values()):
@@ -149,6 +145,16 @@ class CoatModel(nn.Module):
             for term, value in terms.items():
                 losses.sums[f"{name}.{term}"] = value * count
         return losses
+
+    def predict(self, name: str, states: Tensor, mask: Tensor) -> Tensor:
+        """What a head makes of float32 thinking states [A, M, d_model]: [A, M, dim], float32.
+
+        Its products are in the backbone's type, in training and when one only looks.
+        """
+        dtype = self.backbone.dtype
+        with torch.autocast(states.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            made: Tensor = self.heads[name](states, mask)
+        return made.float()
 
     @torch.no_grad()
     def target(self, name: str, batch: Batch, heard: BackboneAudio, lengths: Tensor) -> Tensor:

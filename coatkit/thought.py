@@ -83,25 +83,19 @@ class Mind:
         heads: dict[str, Head] = {}
         unheard = {}
         for name in loaded.spec.experts if loaded.spec.thinking is not None else ():
-            chosen, head = loaded.chosen[f"experts.{name}"], loaded.chosen[f"heads.{name}"]
+            stored = elsewhere(loaded, name)
+            if stored is not None:
+                unheard[name] = "it was run in another interpreter"
             try:
-                stored = elsewhere(loaded, name)
-                if stored is not None:
-                    unheard[name] = "it was run in another interpreter"
-                    experts[name] = build.unloaded(chosen, stored)
-                else:
-                    experts[name] = build.load_expert(chosen.component, chosen.options, backbone, device)
+                experts[name] = build.expert_of(loaded, name, stored, backbone, device)
             except AssetError as error:
                 unheard[name] = str(error)
+                chosen = loaded.chosen[f"experts.{name}"]
                 experts[name] = build.bound_expert(chosen.component, chosen.options, backbone)
-            dim = experts[name].dim
-            heads[name] = build.load_head(
-                head.component, head.options, backbone.hidden_size, dim, loaded.spec.seed, name
-            ).to(device)
+            heads[name] = build.head_of(loaded, name, backbone, experts[name].dim, device)
         model = CoatModel(backbone, heads, experts)
-        if learnt is not None:
-            names = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-            checkpoint.load_model(learnt, model, names)
+        if learnt is not None:  # the heads alone: the backbone has its own already
+            checkpoint.load_model(learnt, model, frozenset(), ignore="net.")
         return cls(model, unheard)
 
     @torch.no_grad()
@@ -137,7 +131,7 @@ class Mind:
             return [Heard(rate, torch.zeros(0, self.model.backbone.hidden_size)) for _ in lengths]
         device = out.thinking.device
         mask, states = batch.inputs.think_mask.to(device), out.thinking.float()
-        predicted = {name: head(states, mask).float() for name, head in self.model.heads.items()}
+        predicted = {name: self.model.predict(name, states, mask) for name in self.model.heads}
         target = {name: self.model.target(name, batch, out.audio, lengths.to(device)) for name in heard}
         read = {name: self._read(name, features, mask) for name, features in predicted.items()}
         right = {name: self._read(name, features, mask) for name, features in target.items()}
