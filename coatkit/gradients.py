@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from coatkit.data.steps import Batch
-from coatkit.model import CoatModel
+from coatkit.model import CoatModel, whose
+from coatkit.thinking import answer_tokens
 
 
 def shared_parameters(model: CoatModel) -> list[nn.Parameter]:
@@ -38,13 +39,10 @@ def look(model: CoatModel, batch: Batch, active: Sequence[str], weights: Mapping
     devices = sorted({p.device.index or 0 for p in shared if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         losses = model(batch, active)
-    labels = batch.inputs.labels
-    answers = 1 if labels is None else max(1, int((labels[:, 1:] >= 0).sum()))
-    positions = max(1, int(batch.inputs.think_lengths.sum()))
+    means = losses.means(answer_tokens(batch.inputs.labels), int(batch.inputs.think_lengths.sum()))
     totals: dict[str, Tensor] = {}
-    for term, value in losses.sums.items():
-        name = term.partition(".")[0]
-        part = weights[name] * value / (answers if name == "ce" else positions)
+    for term, mean in means.items():
+        name, part = whose(term), weights[whose(term)] * mean
         totals[name] = totals[name] + part if name in totals else part
     found: dict[str, Tensor] = {}
     for name, total in totals.items():

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from coatkit import build, checkpoint
+from coatkit.data.audio import LONGEST_ASKED
 from coatkit.data.rows import AUDIO_TAG, AudioRef, Message, Row
 from coatkit.data.steps import load_batch
 from coatkit.errors import PluginError, RunError
@@ -26,7 +27,6 @@ from coatkit.thought import Mind, Thought
 
 AudioLike = str | Path | AudioRef | tuple[np.ndarray, int]
 """A file, a stretch of one, or mono samples [N] with their sample rate in Hz."""
-_MAX_SECONDS = 600.0
 
 
 class AudioThinker:
@@ -72,7 +72,7 @@ class AudioThinker:
         Raises:
             DataError: As `answer`.
         """
-        return load_batch(rows, self.backbone.preparer, (), _MAX_SECONDS, train=False).inputs
+        return load_batch(rows, self.backbone.preparer, (), LONGEST_ASKED, train=False).inputs
 
     @cached_property
     def mind(self) -> Mind:
@@ -88,7 +88,7 @@ class AudioThinker:
 
     def think(self, rows: Sequence[Row], *, targets: bool = False) -> list[Thought]:
         """What is thought about rows before they are answered; see `coatkit.thought.Mind.think`."""
-        return self.mind.think(rows, targets=targets, max_seconds=_MAX_SECONDS)
+        return self.mind.think(rows, targets=targets)
 
     def ask(self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any) -> str:
         """The answer to one question; `options` go to the model's `generate`.

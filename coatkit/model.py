@@ -30,6 +30,16 @@ class Losses:
     sums: dict[str, Tensor]
     nothing: Tensor
 
+    def means(self, answers: int, thinking: int) -> dict[str, Tensor]:
+        """The terms divided by the counts they run over, which may be those of a whole step: `ce` by answer tokens, the
+        others by thinking positions."""
+        return {k: v / max(1, answers if k == "ce" else thinking) for k, v in self.sums.items()}
+
+
+def whose(term: str) -> str:
+    """The expert that a loss term belongs to, or `ce`: the name its weight goes by."""
+    return term.partition(".")[0]
+
 
 def _named(expert: str, method: str, rows: Sequence[str]) -> AbstractContextManager[None]:
     """Say whose code failed, where, and on which rows; an expert may be anybody's."""

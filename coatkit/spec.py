@@ -107,6 +107,11 @@ class StageSpec(Strict):
         return self
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of `ce` and of every expert's loss."""
+        return {"ce": self.ce_weight, **self.weights}
+
+    @property
     def active(self) -> list[str]:
         """Names of the experts that teach in this stage."""
         return [name for name, weight in self.weights.items() if weight > 0]

@@ -16,6 +16,11 @@ IGNORE = -100
 TOKENS = ("<|audio_think_start|>", "<|audio_think|>", "<|audio_think_end|>")
 
 
+def answer_tokens(labels: Tensor | None) -> int:
+    """Tokens of labels [B, T] that the cross-entropy is taken on: each is predicted from the one before it."""
+    return 0 if labels is None else int((labels[:, 1:] != IGNORE).sum())
+
+
 @dataclass(frozen=True)
 class ThinkingTokens:
     """Ids of the three added tokens; contiguous, in this order."""

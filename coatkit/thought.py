@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coatkit import build, checkpoint
+from coatkit.data.audio import LONGEST_ASKED
 from coatkit.data.rows import Row
 from coatkit.data.steps import Batch, load_batch
 from coatkit.errors import AssetError
@@ -99,13 +100,12 @@ class Mind:
         return cls(model, unheard)
 
     @torch.no_grad()
-    def think(self, rows: Sequence[Row], *, targets: bool = False, max_seconds: float = 600.0) -> list[Thought]:
+    def think(self, rows: Sequence[Row], *, targets: bool = False) -> list[Thought]:
         """What is thought about rows, in one pass over all of them.
 
         Args:
             rows: A last message from the assistant is left out.
             targets: Run the experts too, for comparison.
-            max_seconds: Longest sound that is read, seconds.
 
         Raises:
             DataError: If a row's sound cannot be read or heard; names the row.
@@ -116,7 +116,7 @@ class Mind:
         heard = [name for name in self.model.experts if targets and name not in self.unheard]
         rates = {self.model.experts[name].sample_rate for name in heard}
         backbone = self.model.backbone
-        batch = load_batch(rows, backbone.preparer, rates, max_seconds, train=False)
+        batch = load_batch(rows, backbone.preparer, rates, LONGEST_ASKED, train=False)
         out = backbone.forward(batch.inputs)
         found = self._sounds(batch, out, heard)
         by_row: list[list[Heard]] = [[] for _ in rows]

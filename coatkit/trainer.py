@@ -31,7 +31,7 @@ from coatkit.data.steps import Batch, Step, StepDataset, load_batch
 from coatkit.errors import DataError, RunError
 from coatkit.features import open_stores
 from coatkit.gradients import look
-from coatkit.model import CoatModel
+from coatkit.model import CoatModel, whose
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
 from coatkit.parallel import Learner, Team, summed
 from coatkit.progress import TrainingProgress
@@ -41,7 +41,7 @@ from coatkit.spec import StageSpec
 from coatkit.spec_data import SourceSpec
 from coatkit.spec_file import LoadedSpec
 from coatkit.store import Store
-from coatkit.thinking import IGNORE
+from coatkit.thinking import answer_tokens
 from coatkit.zero import Moments
 
 
@@ -210,7 +210,7 @@ def _agree(session: Session, share: Step) -> TeamStep:
         DataError: In every process, if a row of any is bad and is to be refused.
     """
     batches = [batch for batch in share.batches if batch is not None]
-    answers = sum(int((b.inputs.labels[:, 1:] != IGNORE).sum()) for b in batches if b.inputs.labels is not None)
+    answers = sum(answer_tokens(b.inputs.labels) for b in batches)
     thinking = sum(int(b.inputs.think_lengths.sum()) for b in batches)
     shares = session.team.gather((share.error, share.bad, share.row_ids, answers, thinking))
     errors, bad, row_ids, all_answers, all_thinking = zip(*shares, strict=True)
@@ -230,7 +230,7 @@ def _accumulate(
     team = session.team
     if not step.row_ids:
         return {}
-    weights = {"ce": stage.ce_weight, **stage.weights}
+    weights = stage.loss_weights
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         last = i == len(step.batches) - 1
@@ -238,8 +238,8 @@ def _accumulate(
             losses = wrapped(batch or session.filler, stage.active if batch else (), together=team.together)
             if batch is None:  # nothing of the filler counts, but its layers were called, as other processes expect
                 losses.nothing, losses.sums = losses.nothing + 0.0 * losses.sums.pop("ce", 0.0), {}
-            means = {k: v / max(1, step.answers if k == "ce" else step.thinking) for k, v in losses.sums.items()}
-            loss = losses.nothing + sum(weights[k.partition(".")[0]] * v for k, v in means.items())
+            means = losses.means(step.answers, step.thinking)
+            loss = losses.nothing + sum(weights[whose(k)] * v for k, v in means.items())
             if loss.requires_grad:  # rows of text alone teach nothing where only projector and heads learn
                 # Gradients are averaged over processes, and the counts already run over all of them.
                 team.backward(loss * team.size, optimizer, last=last)
@@ -254,8 +254,7 @@ def _look(session: Session, step: TeamStep, stage: StageSpec) -> None:
     batch = next((b for b in step.batches if b is not None), None)
     if not every or position.step % every or not session.team.leads or batch is None:
         return
-    weights = {"ce": stage.ce_weight, **stage.weights}
-    seen = look(session.model, batch, stage.active, weights)
+    seen = look(session.model, batch, stage.active, stage.loss_weights)
     with session.run.gradients.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"step": position.step + 1, "stage": stage.name, **seen}, ensure_ascii=False) + "\n")
 
@@ -271,8 +270,8 @@ def _fetch(
     shares = session.team.gather(dict(zip(parts, values, strict=True)))
     if not any(shares):
         return {}, length
-    found, weights = summed(shares), {"ce": stage.ce_weight, **stage.weights}
-    return {**found, "loss": sum(weights[name.partition(".")[0]] * value for name, value in found.items())}, length
+    found, weights = summed(shares), stage.loss_weights
+    return {**found, "loss": sum(weights[whose(name)] * value for name, value in found.items())}, length
 
 
 def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:

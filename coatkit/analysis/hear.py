@@ -290,7 +290,7 @@ def _features(model: AudioThinker, name: str, refs: Sequence[AudioRef]) -> Itera
     heard: list[tuple[sound.Samples, int]] = []
     for ref in refs:
         try:
-            samples, rate = sound.read(ref, 600.0)
+            samples, rate = sound.read(ref, sound.LONGEST_ASKED)
         except DataError:
             continue  # a file whose end is missing shows only now
         heard.append((samples, rate))
@@ -298,7 +298,7 @@ def _features(model: AudioThinker, name: str, refs: Sequence[AudioRef]) -> Itera
     if not rows:
         return
     backbone = model.backbone
-    batch = load_batch(rows, backbone.preparer, (), 600.0, train=False)
+    batch = load_batch(rows, backbone.preparer, (), sound.LONGEST_ASKED, train=False)
     out, lengths = backbone.forward(batch.inputs), batch.inputs.think_lengths
     if out.audio is None:
         return

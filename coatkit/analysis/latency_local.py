@@ -34,8 +34,6 @@ from coatkit.spec_file import load_spec
 Say = Callable[[int, int], None]
 """Called with requests done and requests in all."""
 _WARM_TOKENS = 4
-_LONGEST = 600.0
-"""Seconds; no longer sound is read."""
 
 
 class Stopwatch:
@@ -203,7 +201,9 @@ def gather(
 
 def _cannot_hear(preparer: Preparer, seconds: float) -> str:
     return (
-        f"{seconds:.0f} s is over the limit of {_LONGEST:g} s" if seconds > _LONGEST else preparer.cannot_hear(seconds)
+        f"{seconds:.0f} s is over the limit of {sound.LONGEST_ASKED:g} s"
+        if seconds > sound.LONGEST_ASKED
+        else preparer.cannot_hear(seconds)
     )
 
 
@@ -217,7 +217,7 @@ def _make(others: Sequence[Candidate], span: Span, share: float, preparer: Prepa
     order = permutation(len(others), round(share * 1e6), "made", span.name)
     while sum(map(len, parts)) < wanted:  # around again where all the others together are shorter
         for i in order:
-            samples, own = sound.read(others[i].row.audios[0], _LONGEST)
+            samples, own = sound.read(others[i].row.audios[0], sound.LONGEST_ASKED)
             parts.append(sound.resample(samples, own, rate))
             if sum(map(len, parts)) >= wanted:
                 break

@@ -26,7 +26,6 @@ from coatkit.thought import Heard
 
 QUESTION = "What is heard?"
 """Asked where no question is: the block stands after a question in most runs, so there has to be one."""
-_MAX_SECONDS = 600.0
 _PLAYED = 24_000
 """Hz at most of the original in the page."""
 
@@ -113,7 +112,7 @@ def look(
         PluginError: If an expert or the decoder fails, or the extra `analysis` is not installed.
         RunError: If the run has no thinking block, so that there is nothing to see.
     """
-    samples, rate = sound.read(ref, _MAX_SECONDS)
+    samples, rate = sound.read(ref, sound.LONGEST_ASKED)
     row = asked(ref, question or QUESTION, "view")
     own = hear.own_decoder(decoder) if decoder else None
     if not model.mind.model.heads:

@@ -26,6 +26,8 @@ Samples = NDArray[np.float32]
 
 MAX_CHANNELS = 64
 """As many as seventh-order ambisonics has; a header with more is taken for damage."""
+LONGEST_ASKED = 600.0
+"""Seconds of the longest sound that is read outside training, where no spec sets a limit."""
 RATES = (100, 768_000)
 """Sample rates that are taken, Hz."""
 
