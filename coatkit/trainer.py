@@ -95,8 +95,13 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     if spec.gradients_every and (team.shards or team.zero_stage):
         raise RunError("gradients_every: losses cannot be told apart where parameters are sharded; set it to 0")
     model = build(loaded, str(team.device))
-    for stage in spec.stages:
-        group_parameters(model, stage, spec.optimizer.weight_decay)  # a wrong part in `lr` is found before training
+    for stage in spec.stages:  # what a later stage cannot do is found before training
+        group_parameters(model, stage, spec.optimizer.weight_decay)
+        if stage.batch.pack and model.backbone.cannot_pack:
+            raise RunError(
+                f"stage {stage.name!r}: batch.pack: rows of {spec.backbone.use} cannot be packed:"
+                f" {model.backbone.cannot_pack}; leave it out"
+            )
     stores = open_stores(loaded, model)
     sources = _read_data(loaded, model, team)
     record = describe(loaded, model, sources)
@@ -277,11 +282,6 @@ def _fetch(
 def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
     """This process's share of the stage's remaining steps, prepared."""
     spec, position = session.loaded.spec, session.position
-    if stage.batch.pack and session.model.backbone.cannot_pack:
-        raise RunError(
-            f"stage {stage.name!r}: batch.pack: rows of {spec.backbone.use} cannot be packed:"
-            f" {session.model.backbone.cannot_pack}; leave it out"
-        )
     rows, found = session.sources[session.loaded.rows_of(stage).model_dump_json()]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
     stores = {name: store for name, store in session.stores.items() if name in stage.active or name == "tower"}

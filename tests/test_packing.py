@@ -93,6 +93,14 @@ def test_a_backbone_that_cannot_says_why(project: Any) -> None:
         project.train()
 
 
+def test_a_later_stage_that_cannot_pack_is_found_before_the_first(project: Any) -> None:
+    project.spec["backbone"].update(use="qwen2.5-omni")
+    project.spec["stages"][1]["batch"] = {"rows": 5, "pack": True}
+    with pytest.raises(RunError, match=r"stage 'two': batch\.pack"):
+        project.train()
+    assert not (project.folder / "run").exists()
+
+
 def test_omni_would_indeed_be_wrong(project: Any) -> None:
     """If this fails, transformers has mended it, and `cannot_pack` can go."""
     model = learnt(project, "qwen2.5-omni")
