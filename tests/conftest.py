@@ -173,6 +173,39 @@ def _talk(*turns: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
 
 
+READING = """
+    def readout(self, features, mask):
+        from coatkit import Readout
+        return Readout("level", features.sigmoid(), ("up <b>", "down"))
+"""
+
+
+@pytest.fixture(scope="session")
+def stir() -> Callable[..., Any]:
+    """Gives adapters an effect: they start at zero, where half of their gradients vanish."""
+
+    def stirred(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return stirred
+
+
+@pytest.fixture(scope="module")
+def thinking_run(new_project: Callable[[], Project]) -> Project:
+    """A project whose expert `level` has a readout, and its run (`.run`), with every third checkpoint."""
+    project = new_project()
+    with (project.folder / "level.py").open("a") as stream:
+        stream.write(READING)
+    project.spec["checkpoint"] = {"every": 3, "keep": 10}
+    project.run = project.train()
+    return project
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")

@@ -18,16 +18,12 @@ pytestmark = [
 ]
 
 
-def test_compiled_layers_give_the_same_losses_and_gradients(project: Any) -> None:
+def test_compiled_layers_give_the_same_losses_and_gradients(project: Any, stir: Any) -> None:
     found = []
     for compiled in (False, True):
         project.spec["backbone"]["compile"] = compiled
-        model = build(project.load(), "cpu").train()
+        model = stir(build(project.load(), "cpu").train())
         rows = JsonlRows(project.folder / "train.jsonl")
-        with torch.no_grad():  # adapters start at zero, where half of their gradients vanish
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         for part in (slice(8, 12), slice(2, 5), slice(14, 18)):  # of unlike shapes
             batch = load_batch(rows[part], model.backbone.preparer, {8_000, 16_000}, 120.0, train=True)
             losses = model(batch, ["audio", "level"])

@@ -23,13 +23,8 @@ def lines(run: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def model(project: Any) -> Any:
-    model = build(project.load(), "cpu").train()
-    with torch.no_grad():  # adapters start at zero, where half of their gradients vanish
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model
+def model(project: Any, stir: Any) -> Any:
+    return stir(build(project.load(), "cpu").train())
 
 
 def batch_of(project: Any, model: Any, part: slice) -> Any:

@@ -16,31 +16,15 @@ from coatkit.data.rows import AudioRef, Message, Row
 from coatkit.errors import RunError, SpecError
 from coatkit.infer import AudioThinker, asked
 
-READING = """
-    def readout(self, features, mask):
-        from coatkit import Readout
-        return Readout("level", features.sigmoid(), ("up", "down"))
-"""
+
+@pytest.fixture(scope="module")
+def model(thinking_run: Any) -> AudioThinker:
+    return coatkit.load(thinking_run.run.folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(new_project: Callable[[], Any]) -> Any:
-    project = new_project()
-    with (project.folder / "level.py").open("a") as stream:
-        stream.write(READING)
-    project.spec["checkpoint"] = {"every": 3, "keep": 10}
-    project.run = project.train()
-    return project
-
-
-@pytest.fixture(scope="module")
-def model(trained: Any) -> AudioThinker:
-    return coatkit.load(trained.run.folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def rows(trained: Any) -> list[Row]:
-    clips = trained.folder / "clips"
+def rows(thinking_run: Any) -> list[Row]:
+    clips = thinking_run.folder / "clips"
     two = (AudioRef(clips / "r02.wav"), AudioRef(clips / "r15.flac"))
     return [
         Row("one", (Message("user", "<audio>What?"), Message("assistant", "clip 1")), (AudioRef(clips / "r01.flac"),)),
@@ -88,14 +72,14 @@ def test_the_last_state_is_where_the_answer_begins(model: AudioThinker, rows: li
     assert model.answer(rows[1:2], max_new_tokens=1) == [first]
 
 
-def test_states_and_predictions_are_those_of_training(trained: Any, model: AudioThinker) -> None:
+def test_states_and_predictions_are_those_of_training(thinking_run: Any, model: AudioThinker) -> None:
     """The heads' losses on a row, made by hand of what `think` gives, are those the training forward gives."""
     from coatkit.data.steps import load_batch
 
     row = Row(
         "r03",
         (Message("user", "<audio>What is heard?"), Message("assistant", "clip 3")),
-        (AudioRef(trained.folder / "clips/r03.flac"),),
+        (AudioRef(thinking_run.folder / "clips/r03.flac"),),
     )
     (thought,) = model.think([row], targets=True)
     batch = load_batch([row], model.backbone.preparer, {8_000, 16_000}, 60, train=True)
@@ -121,19 +105,19 @@ def test_samples_are_thought_about(model: AudioThinker, sound: Any) -> None:
     assert len(thought.sounds[0].states) == 12
 
 
-def test_a_checkpoint_by_its_step(trained: Any, rows: list[Row]) -> None:
-    first = coatkit.load(trained.run.folder, step=3, device="cpu")
-    last = coatkit.load(trained.run.folder, device="cpu")
+def test_a_checkpoint_by_its_step(thinking_run: Any, rows: list[Row]) -> None:
+    first = coatkit.load(thinking_run.run.folder, step=3, device="cpu")
+    last = coatkit.load(thinking_run.run.folder, device="cpu")
     assert (first.step, last.step) == (3, 6)
     assert not torch.equal(first.think(rows)[0].sounds[0].states, last.think(rows)[0].sounds[0].states)
     assert not torch.equal(first.mind.model.heads["level"].state_dict()["out.weight"], torch.zeros(1))
     with pytest.raises(RunError, match="has no checkpoint of step 4; there: 3, 6"):
-        coatkit.load(trained.run.folder, step=4, device="cpu")
+        coatkit.load(thinking_run.run.folder, step=4, device="cpu")
 
 
-def test_before_training_heads_are_as_they_start(trained: Any, rows: list[Row]) -> None:
-    untrained = coatkit.load(trained.run.folder, trained=False, device="cpu")
-    again = coatkit.load(trained.run.folder, trained=False, device="cpu")
+def test_before_training_heads_are_as_they_start(thinking_run: Any, rows: list[Row]) -> None:
+    untrained = coatkit.load(thinking_run.run.folder, trained=False, device="cpu")
+    again = coatkit.load(thinking_run.run.folder, trained=False, device="cpu")
     one, other = untrained.think(rows)[0].sounds[0], again.think(rows)[0].sounds[0]
     assert torch.equal(one.predicted["audio"], other.predicted["audio"])
 
@@ -148,9 +132,9 @@ def test_without_a_block_only_the_last_state_is_there(new_project: Callable[[], 
     assert thought.sounds[0].predicted == {}
 
 
-def test_an_expert_that_is_gone_is_named(trained: Any, tmp_path: Path, rows: list[Row]) -> None:
+def test_an_expert_that_is_gone_is_named(thinking_run: Any, tmp_path: Path, rows: list[Row]) -> None:
     folder = tmp_path / "gone"
-    shutil.copytree(trained.run.folder, folder)
+    shutil.copytree(thinking_run.run.folder, folder)
     spec = folder / "spec.yaml"
     spec.write_text(spec.read_text().replace("level.py", "gone.py"))
     model = coatkit.load(folder, device="cpu")
@@ -158,17 +142,17 @@ def test_an_expert_that_is_gone_is_named(trained: Any, tmp_path: Path, rows: lis
         model.think(rows)
 
 
-def test_an_expert_without_weights_still_has_its_head(trained: Any, rows: list[Row], tmp_path: Path) -> None:
+def test_an_expert_without_weights_still_has_its_head(thinking_run: Any, rows: list[Row], tmp_path: Path) -> None:
     folder = tmp_path / "unfetched"
-    shutil.copytree(trained.run.folder, folder)
-    source = (trained.folder / "level.py").read_text()
+    shutil.copytree(thinking_run.run.folder, folder)
+    source = (thinking_run.folder / "level.py").read_text()
     with_load = source + "\n    def load(self, device, dtype):\n        from coatkit import AssetError\n"
-    (trained.folder / "level.py").write_text(with_load + "        raise AssetError('no weights; fetch them')\n")
+    (thinking_run.folder / "level.py").write_text(with_load + "        raise AssetError('no weights; fetch them')\n")
     try:
         model = coatkit.load(folder, device="cpu")
         sound = model.think(rows[:1], targets=True)[0].sounds[0]
     finally:
-        (trained.folder / "level.py").write_text(source)
+        (thinking_run.folder / "level.py").write_text(source)
     assert model.mind.unheard == {"level": "no weights; fetch them"}
     assert set(sound.predicted) == {"audio", "level"}
     assert set(sound.target) == {"audio"}

@@ -29,30 +29,15 @@ from coatkit.infer import AudioThinker, asked
 from coatkit.readout import Readout
 from coatkit.thought import Heard
 
-READING = """
-    def readout(self, features, mask):
-        from coatkit import Readout
-        return Readout("level", features.sigmoid(), ("up <b>", "down"))
-"""
+
+@pytest.fixture(scope="module")
+def model(thinking_run: Any) -> AudioThinker:
+    return coatkit.load(thinking_run.run.folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(new_project: Callable[[], Any]) -> Any:
-    project = new_project()
-    with (project.folder / "level.py").open("a") as stream:
-        stream.write(READING)
-    project.run = project.train()
-    return project
-
-
-@pytest.fixture(scope="module")
-def model(trained: Any) -> AudioThinker:
-    return coatkit.load(trained.run.folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(trained: Any) -> AudioRef:
-    return AudioRef(trained.folder / "clips/r15.flac")
+def clip(thinking_run: Any) -> AudioRef:
+    return AudioRef(thinking_run.folder / "clips/r15.flac")
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +208,13 @@ def test_a_limit_of_sound_is_kept_to(model: AudioThinker) -> None:
         assert abs(len(features) / 25 - len(mel) / 100) < 0.1
 
 
-def test_a_sound_of_two_rows_is_taken_once_and_bad_rows_are_passed_over(trained: Any, tmp_path: Path) -> None:
+def test_a_sound_of_two_rows_is_taken_once_and_bad_rows_are_passed_over(thinking_run: Any, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(trained.run.folder, folder, ignore=shutil.ignore_patterns("view"))
-    rows = (trained.folder / "train.jsonl").read_text()
-    (trained.folder / "clips/empty.wav").write_bytes(b"")
+    shutil.copytree(thinking_run.run.folder, folder, ignore=shutil.ignore_patterns("view"))
+    rows = (thinking_run.folder / "train.jsonl").read_text()
+    (thinking_run.folder / "clips/empty.wav").write_bytes(b"")
     again = rows.replace('"id": "', '"id": "again ')
-    (trained.folder / "twice.jsonl").write_text(
+    (thinking_run.folder / "twice.jsonl").write_text(
         rows + again + '{"id": "bad"}\n' + rows.replace("r01.flac", "empty.wav", 1)
     )
     spec = folder / "spec.yaml"
@@ -252,10 +237,10 @@ def test_a_sound_that_was_fitted_on_is_named() -> None:
 
 
 def test_without_the_data_nothing_is_decoded_and_the_rest_is_shown(
-    trained: Any, clip: AudioRef, tmp_path: Path
+    thinking_run: Any, clip: AudioRef, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(trained.run.folder, folder, ignore=shutil.ignore_patterns("view"))
+    shutil.copytree(thinking_run.run.folder, folder, ignore=shutil.ignore_patterns("view"))
     spec = folder / "spec.yaml"
     spec.write_text(spec.read_text().replace("train.jsonl", "gone.jsonl"))
     found = view.look(coatkit.load(folder, device="cpu"), clip)
@@ -573,11 +558,11 @@ def test_what_cannot_be_seen_is_shown_and_joined_letters_stay_joined() -> None:
 
 
 def test_the_command_shows_a_sound(
-    trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+    thinking_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    sound = trained.folder / "clips/r15.flac"
+    sound = thinking_run.folder / "clips/r15.flac"
     options = ["--question", "What?", "--start", "0.1", "--end", "0.4", "--max-new-tokens", "2", "--device", "cpu"]
-    assert run(monkeypatch, "view", str(trained.run.folder), str(sound), *options) == 0
+    assert run(monkeypatch, "view", str(thinking_run.run.folder), str(sound), *options) == 0
     out, err = capsys.readouterr()
     assert out.startswith("RANDOM WEIGHTS in backbone")
     assert "\naudio: cosine " in out
@@ -585,7 +570,7 @@ def test_the_command_shows_a_sound(
     assert "\nanswer: " in out
     assert "Traceback" not in err
     path = Path(out.splitlines()[-1].removeprefix("page: "))
-    assert path.parent.parent == trained.run.folder / "view"
+    assert path.parent.parent == thinking_run.run.folder / "view"
     assert path.parent.name.startswith("r15-0.1-0.4-")
     assert "r15.flac, 0.1 s to 0.4 s" in path.read_text()
 
@@ -601,7 +586,7 @@ def test_the_command_shows_a_sound(
     ],
 )
 def test_what_is_wrong_with_the_call_is_told_before_the_model_is_loaded(
-    trained: Any,
+    thinking_run: Any,
     options: list[str],
     code: int,
     said: str,
@@ -609,8 +594,8 @@ def test_what_is_wrong_with_the_call_is_told_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr("coatkit.infer.load", lambda *a, **k: pytest.fail("the model was loaded"))
-    sound = trained.folder / "clips/r15.flac"
-    assert run(monkeypatch, "view", str(trained.run.folder), str(sound), *options) == code
+    sound = thinking_run.folder / "clips/r15.flac"
+    assert run(monkeypatch, "view", str(thinking_run.run.folder), str(sound), *options) == code
     assert said in capsys.readouterr().err
 
 
@@ -622,8 +607,8 @@ def test_a_run_without_a_block_has_nothing_to_see(new_project: Callable[[], Any]
         view.look(coatkit.load(made.folder, device="cpu"), clip)
 
 
-def test_before_training_there_is_something_to_see(trained: Any, clip: AudioRef) -> None:
-    found = view.look(coatkit.load(trained.run.folder, trained=False, device="cpu"), clip, decoder_seconds=0)
+def test_before_training_there_is_something_to_see(thinking_run: Any, clip: AudioRef) -> None:
+    found = view.look(coatkit.load(thinking_run.run.folder, trained=False, device="cpu"), clip, decoder_seconds=0)
     assert found.step == 0
     drawn = dict.fromkeys(DRAWN, b"")
     assert "before training" in view.page_of(found, drawn)
