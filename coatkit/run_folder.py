@@ -85,13 +85,16 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
-    def check_same(self, spec: dict[str, Any], record: dict[str, Any]) -> None:
+    def check_same(self, spec: dict[str, Any], record: dict[str, Any], before: dict[str, Any] | None = None) -> None:
         """Check that a run here was made from the same spec, data and experts.
+
+        Args:
+            before: The run's spec with what specs have gained since filled in; as it was written when left out.
 
         Raises:
             RunError: Naming what differs.
         """
-        before, then = self.read_spec(), self.read_record()
+        before, then = before or self.read_spec(), self.read_record()
         changed = [key for key in _differences(before, spec) if not key.startswith(_FREE_TO_CHANGE)]
         for key in ("backbone", "experts", "data"):
             changed += [f"{key}.{k}" for k in _differences(then.get(key, {}), record.get(key, {}))]

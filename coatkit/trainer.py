@@ -28,7 +28,7 @@ from coatkit.data.rows import Message, Row, Rows
 from coatkit.data.scan import Scan, scan
 from coatkit.data.sources import open_data
 from coatkit.data.steps import Batch, Step, StepDataset, load_batch
-from coatkit.errors import DataError, RunError
+from coatkit.errors import CoatkitError, DataError, RunError
 from coatkit.features import open_stores
 from coatkit.gradients import look
 from coatkit.model import CoatModel, whose
@@ -39,7 +39,7 @@ from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
 from coatkit.spec import StageSpec
 from coatkit.spec_data import SourceSpec
-from coatkit.spec_file import LoadedSpec
+from coatkit.spec_file import LoadedSpec, load_spec
 from coatkit.store import Store
 from coatkit.thinking import answer_tokens
 from coatkit.zero import Moments
@@ -109,7 +109,7 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
         session = Session(loaded, team, model, run, sources, stop, stores)
         # One looks for all: another might look when the first has begun to write.
         if team.gather(resume and run.record.exists())[0]:
-            team.once(lambda: run.check_same(loaded.resolved(), record))
+            team.once(lambda: run.check_same(loaded.resolved(), record, _as_now(run)))
             _restore(session)
         else:
             team.once(lambda: run.start(loaded.resolved(), record))
@@ -126,6 +126,14 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
                 _train_stage(session, board, progress)
         team.part()
         return Result(run.path, session.position, session.position.stage == len(spec.stages))
+
+
+def _as_now(run: RunFolder) -> dict[str, Any] | None:
+    """A run's spec with defaults for the keys that specs have gained since; None where it cannot be read any more."""
+    try:
+        return load_spec(run.spec, need="components").resolved()
+    except CoatkitError:
+        return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from coatkit.errors import RunError
@@ -149,6 +150,27 @@ def test_other_data_are_refused_and_the_file_named(begun: Any) -> None:
     begun.rows[0]["messages"][1]["content"] = "something else"
     with pytest.raises(RunError, match=r"changed since: data\..*train\.jsonl\.sha256"):
         begun.train(resume=True)
+
+
+def test_keys_that_specs_have_gained_since_do_not_matter(begun: Any) -> None:
+    path = begun.folder / "run/spec.yaml"
+    spec = yaml.safe_load(path.read_text())
+    del spec["gradients_every"], spec["backbone"]["compile"]
+    for stage in spec["stages"]:
+        del stage["batch"]["pack"]
+    path.write_text(yaml.safe_dump(spec))
+    assert begun.train(resume=True).result.finished
+    assert_equal(begun.folder / "run", begun.whole)
+
+
+def test_a_key_that_specs_have_gained_and_that_is_used_is_named(begun: Any) -> None:
+    path = begun.folder / "run/spec.yaml"
+    spec = yaml.safe_load(path.read_text())
+    for stage in spec["stages"]:
+        del stage["batch"]["pack"]
+    path.write_text(yaml.safe_dump(spec))
+    with pytest.raises(RunError, match=r"changed since: stages\.0\.batch\.pack"):
+        begun.train("stages.0.batch.pack=true", resume=True)
 
 
 def test_where_and_how_often_is_saved_may_change(begun: Any) -> None:

@@ -59,6 +59,8 @@ class BackboneOptions(BaseModel):
         train = info.data.get("train")  # missing when it is wrong itself
         if mode == "none":
             return mode
+        if info.data.get("compile"):
+            raise ValueError("layers of 8 or 4 bits are not compiled; leave out compile")
         if train is not None and train.lm == "full":
             raise ValueError("weights of 8 or 4 bits cannot be learnt; with it, train.lm must be lora or none")
         if find_spec("bitsandbytes") is None:
