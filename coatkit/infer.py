@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from coatkit.protocols import Backbone, Expert, Inputs
 from coatkit.run_folder import RunFolder
 from coatkit.spec import ThinkingSpec
 from coatkit.spec_file import load_spec
+from coatkit.streaming import pieces
 from coatkit.thought import Mind, Thought
 
 AudioLike = str | Path | AudioRef | tuple[np.ndarray, int]
@@ -90,13 +91,50 @@ class AudioThinker:
         """What is thought about rows before they are answered; see `coatkit.thought.Mind.think`."""
         return self.mind.think(rows, targets=targets)
 
-    def ask(self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any) -> str:
+    @overload
+    def ask(
+        self,
+        audio: AudioLike | None,
+        question: str,
+        *,
+        return_thinking: Literal[False] = False,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> str: ...
+
+    @overload
+    def ask(
+        self,
+        audio: AudioLike | None,
+        question: str,
+        *,
+        return_thinking: Literal[True],
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> tuple[str, Thought]: ...
+
+    def ask(
+        self,
+        audio: AudioLike | None,
+        question: str,
+        *,
+        return_thinking: bool = False,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> str | tuple[str, Thought]:
         """The answer to one question; `options` go to the model's `generate`.
+
+        Args:
+            return_thinking: Give (answer, thought): the states at the thinking positions, what the heads make of them,
+                and the readouts. It costs a second pass over the prompt.
 
         Raises:
             DataError: If the sound cannot be read, or is too short or too long to be heard.
+            RunError: If thinking is to be returned and the model comes from no run.
         """
-        return self.ask_batch([(audio, question)], max_new_tokens=max_new_tokens, **options)[0]
+        row = asked(audio, question)
+        (answer,) = self.answer([row], max_new_tokens=max_new_tokens, **options)
+        return (answer, self.think([row])[0]) if return_thinking else answer
 
     def ask_batch(
         self, questions: Sequence[tuple[AudioLike | None, str]], *, max_new_tokens: int = 64, **options: Any
@@ -104,6 +142,16 @@ class AudioThinker:
         """Answers to (sound, question) pairs, decoded together; a None sound asks about text alone."""
         rows = [asked(audio, question, f"question {i + 1}") for i, (audio, question) in enumerate(questions)]
         return self.answer(rows, max_new_tokens=max_new_tokens, **options)
+
+    def stream(
+        self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[str]:
+        """The answer to one question in pieces, as they are decoded; decoding ends when nobody takes more.
+
+        Raises:
+            DataError: As `ask`.
+        """
+        return pieces(self.backbone, self.prepare([asked(audio, question)]), max_new_tokens=max_new_tokens, **options)
 
 
 def asked(audio: AudioLike | None, question: str, name: str = "question 1") -> Row:

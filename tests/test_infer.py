@@ -20,7 +20,7 @@ from coatkit import AudioBatch, CoatkitError, DataError, load_backbone, load_exp
 from coatkit.cli import cli
 from coatkit.data.rows import AudioRef, Message, Row
 from coatkit.errors import RunError, SpecError
-from coatkit.infer import AudioThinker
+from coatkit.infer import AudioThinker, asked
 
 MakeSound = Callable[..., np.ndarray]
 QUESTION = "What is heard?"
@@ -381,3 +381,45 @@ def test_what_cannot_be_loaded_is_named(
 ) -> None:
     with pytest.raises(CoatkitError, match=f"(?s){message}"):
         load(use, **options)
+
+
+# In pieces, and with the thinking
+
+
+def test_pieces_are_the_answer(model: AudioThinker, files: Path) -> None:
+    whole = model.ask(files / "a.wav", QUESTION)
+    found = list(model.stream(files / "a.wav", QUESTION))
+    assert "".join(found) == whole
+    assert len(found) > 1
+
+
+def test_decoding_ends_when_nobody_listens(model: AudioThinker, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    forward = model.backbone.language_model.forward  # type: ignore[attr-defined]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.backbone.language_model, "forward", counted)  # type: ignore[attr-defined]
+    stream = model.stream(files / "a.wav", QUESTION, max_new_tokens=400, eos_token_id=-1)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert 0 < len(steps) < 400
+
+
+def test_what_fails_while_decoding_is_raised(model: AudioThinker, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(model.backbone.language_model, "forward", broken)  # type: ignore[attr-defined]
+    with pytest.raises(MemoryError, match="no more"):
+        list(model.stream(files / "a.wav", QUESTION))
+
+
+def test_the_thinking_comes_along(model: AudioThinker, files: Path) -> None:
+    answer, thought = model.ask(files / "a.wav", QUESTION, return_thinking=True)
+    assert answer == model.ask(files / "a.wav", QUESTION)
+    (sound,) = thought.sounds
+    assert sound.states.shape == (int(model.prepare([asked(files / "a.wav", QUESTION)]).think_lengths[0]), 64)
+    assert set(sound.predicted) == {"audio", "level"}

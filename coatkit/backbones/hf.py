@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from coatkit.backbones.adapters import add_adapters, merge
+from coatkit.backbones.adapters import add_adapters
 from coatkit.backbones.counting import DTYPES, TowerWork
 from coatkit.backbones.options import BackboneOptions
 from coatkit.backbones.preparer import HFPreparer as HFPreparer
+from coatkit.backbones.publishing import Publishing
 from coatkit.backbones.quantize import fingerprint, quantize
 from coatkit.errors import DataError, PluginError
 from coatkit.losses import projected_cross_entropy
@@ -58,7 +59,7 @@ class _HeardError(Exception):
     """The audio has been heard, and no more is wanted of this pass."""
 
 
-class HFBackbone(TowerWork, Backbone):
+class HFBackbone(Publishing, TowerWork, Backbone):
     """Base of backbones made from a transformers audio language model.
 
     A subclass sets `options_type`, writes `build`, and overrides `tower_frames` and the module paths where they differ.
@@ -88,6 +89,7 @@ class HFBackbone(TowerWork, Backbone):
         self.options = self.options_type(**options)
         self.dtype = DTYPES[self.options.dtype]
         self.preparer: HFPreparer
+        self.thinking_rows: ThinkingRows
         self._embeds: Tensor | None = None
         self._tower: Tensor | None = None
         self._hidden: Tensor | None = None
@@ -372,10 +374,6 @@ class HFBackbone(TowerWork, Backbone):
     def fingerprint(self) -> str:
         small = self._made_small_from
         return super().fingerprint() if small is None else fingerprint(self.model, small)
-
-    def merge(self) -> None:
-        """Put the adapters into the weights, for good; a quantised language model takes plain weights of `dtype`."""
-        merge(self.model, self.dtype)
 
     def units(self) -> list[nn.Module]:
         # Not the tower's layers: a process whose rows have no sound does not call them.

@@ -5,7 +5,7 @@ Nothing is read from disk or network: the tokenizer is made here, with one token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,14 +33,29 @@ def tiny_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float32
 
 
 def byte_tokenizer(
-    special: Sequence[str], chat_template: str, *, eos: str, pad: str, context: int = 8192
+    special: Sequence[str],
+    chat_template: str,
+    *,
+    eos: str,
+    pad: str,
+    context: int = 8192,
+    named: Mapping[str, str] | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE without merges: the special tokens in order, then one token for each of the 256 bytes."""
+    """A byte-level BPE without merges: the special tokens in order, then one token for each of the 256 bytes.
+
+    Args:
+        named: Special tokens by the names under which a processor asks for them, e.g. `image_token`.
+    """
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=context, eos_token=eos, pad_token=pad, chat_template=chat_template
+        tokenizer_object=backend,
+        model_max_length=context,
+        eos_token=eos,
+        pad_token=pad,
+        chat_template=chat_template,
+        **({"extra_special_tokens": dict(named)} if named else {}),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from transformers import (
     AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
+    AudioFlamingo3Processor,
     AutoTokenizer,
     GenerationConfig,
     WhisperFeatureExtractor,
 )
 
-from coatkit import AssetError, AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
+from coatkit import Asset, AssetError, AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
 from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
 from coatkit_backbone_audio_flamingo_3 import NAME, WEIGHTS
@@ -56,6 +58,13 @@ class AudioFlamingo3(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = AudioFlamingo3ForConditionalGeneration
+    default_weights: ClassVar[Asset | None] = WEIGHTS
+    published_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model": "language_model.model",
+        "model.audio_tower": "audio_tower",
+        "model.multi_modal_projector": "multi_modal_projector",
+        "lm_head": "language_model.lm_head",
+    }
 
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         if self.options.weights == "random":
@@ -84,6 +93,9 @@ class AudioFlamingo3(HFBackbone):
 
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         return whisper.valid_frames(output, tokens["input_features_mask"])
+
+    def processor(self, chat_template: str) -> AudioFlamingo3Processor:
+        return AudioFlamingo3Processor(self.preparer.extractor, self.preparer.tokenizer, chat_template=chat_template)
 
 
 def check_tokens(folder: Path, tokenizer: Any, model: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AudioFlamingo3Processor
 
 from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
@@ -40,6 +41,12 @@ class MiniBackbone(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = AudioFlamingo3ForConditionalGeneration
+    published_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model": "language_model.model",
+        "model.audio_tower": "audio_tower",
+        "model.multi_modal_projector": "multi_modal_projector",
+        "lm_head": "language_model.lm_head",
+    }
 
     def plan_config(self) -> AudioFlamingo3Config:
         assert isinstance(self.options, Options)
@@ -56,3 +63,6 @@ class MiniBackbone(HFBackbone):
 
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         return whisper.valid_frames(output, tokens["input_features_mask"])
+
+    def processor(self, chat_template: str) -> AudioFlamingo3Processor:
+        return AudioFlamingo3Processor(self.preparer.extractor, self.preparer.tokenizer, chat_template=chat_template)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,14 +11,21 @@ from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    Qwen2_5OmniConfig,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from coatkit import BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs
-from coatkit.backbones.folder import add_thinking_tokens, read, weights_folder, with_thinking_tokens
+from coatkit import Asset, BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs
+from coatkit.backbones.folder import (
+    add_thinking_tokens,
+    read,
+    transformers_quiet,
+    weights_folder,
+    with_thinking_tokens,
+)
 from coatkit_backbone_qwen2_5_omni import NAME, WEIGHTS
-from coatkit_backbone_qwen2_5_omni.folder import read_parts
+from coatkit_backbone_qwen2_5_omni.folder import complete_processor, image_tensors, read_parts
 from coatkit_backbone_qwen2_5_omni.options import Options
 from coatkit_backbone_qwen2_5_omni.preparer import Qwen25OmniPreparer, tokens_of
 from coatkit_backbone_qwen2_5_omni.sizes import plan_config
@@ -32,6 +41,12 @@ class Qwen25Omni(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = Qwen2_5OmniThinkerForConditionalGeneration
+    default_weights: ClassVar[Asset | None] = WEIGHTS
+    published_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model": "thinker.model",
+        "model.audio_tower": "thinker.audio_tower",
+        "lm_head": "thinker.lm_head",
+    }
     window_seconds: ClassVar[float] = 2.0
     projector_path: ClassVar[str] = "model.audio_tower.proj"
     tower_output_path: ClassVar[str] = "model.audio_tower.ln_post"
@@ -61,6 +76,25 @@ class Qwen25Omni(HFBackbone):
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         frames: Tensor = output  # the tower packs its sounds, so there is no padding to take out
         return frames
+
+    def published_config(self) -> Qwen2_5OmniConfig:
+        # What speaks was not trained and is not written; stock classes then read the thinker alone.
+        parts = {"thinker_config": super().published_config().to_dict(), "enable_audio_output": False}
+        with transformers_quiet():  # of a tiny vocabulary, it warns that the published ids are not in it
+            config = Qwen2_5OmniConfig(**parts)
+        config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+        return config
+
+    def published_parts(self) -> Mapping[str, Tensor]:
+        if self.options.weights == "random":
+            images = tiny_parts(self.dtype)[0].model.visual.state_dict()
+            return {f"thinker.visual.{name}": tensor for name, tensor in images.items()}
+        return image_tensors(Path(self.stock.name_or_path))
+
+    def save_processor(self, folder: Path) -> None:
+        super().save_processor(folder)
+        source = None if self.options.weights == "random" else Path(self.stock.name_or_path)
+        complete_processor(folder, source)
 
     def _adopt(self, stock: Any, first_token: int) -> None:
         # The image encoder is never run: 0.68 B parameters less to hold.

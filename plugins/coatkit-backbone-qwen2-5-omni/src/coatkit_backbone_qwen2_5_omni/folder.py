@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
 
 from coatkit import AssetError
@@ -14,6 +17,18 @@ from coatkit.backbones import whisper
 from coatkit.backbones.folder import read, read_model
 from coatkit_backbone_qwen2_5_omni.preparer import AUDIO, MARKUP
 
+# Of the published preprocessor_config.json, beside the feature extractor's own fields.
+IMAGES = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12_845_056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2_5OmniProcessor",
+    "temporal_patch_size": 2,
+}
 END, PAD = "<|im_end|>", "<|endoftext|>"
 _REMEDY = "  Give a complete Qwen2.5-Omni folder as `weights`, or fetch the default again."
 
@@ -32,6 +47,35 @@ def read_parts(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     model = read_model(Qwen2_5OmniThinkerForConditionalGeneration, folder, dtype)
     _check(folder, model.config, tokenizer, extractor)
     return model, tokenizer, extractor
+
+
+def image_tensors(folder: Path) -> dict[str, Tensor]:
+    """The image encoder of a folder, whose file names it `thinker.visual.*` or `visual.*`, by the former names."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                if (bare := name.removeprefix("thinker.")).startswith("visual."):
+                    found[f"thinker.{bare}"] = tensors.get_tensor(name)
+    return found
+
+
+def complete_processor(folder: Path, source: Path | None) -> None:
+    """Add to a written tokenizer and feature extractor what the stock processor wants for images and videos.
+
+    Args:
+        folder: Holds `preprocessor_config.json`.
+        source: The folder the model came from; the published settings when there is none.
+    """
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    before = IMAGES
+    if source is not None:
+        before = json.loads((source / path.name).read_text(encoding="utf-8"))
+        for name in ("processor_config.json", "video_preprocessor_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    path.write_text(json.dumps({**before, **settings}, indent=2) + "\n", encoding="utf-8")
 
 
 def _processors_template(folder: Path) -> str:

@@ -69,7 +69,9 @@ def tiny_config() -> Qwen2_5OmniThinkerConfig:
 
 def tiny_tokenizer() -> Any:
     """One token for each byte, the real special tokens and a chat template in the shape of the real one."""
-    return byte_tokenizer(SPECIAL, CHAT_TEMPLATE, eos="<|im_end|>", pad="<|endoftext|>", context=CONTEXT)
+    names = {f"{name}_token": f"<|{name.upper()}|>" for name in ("image", "audio", "video")}
+    names |= {f"{name}_token": f"<|{name}|>" for name in ("audio_bos", "audio_eos", "vision_bos", "vision_eos")}
+    return byte_tokenizer(SPECIAL, CHAT_TEMPLATE, eos="<|im_end|>", pad="<|endoftext|>", context=CONTEXT, named=names)
 
 
 def tiny_parts(dtype: torch.dtype) -> tuple[Qwen2_5OmniThinkerForConditionalGeneration, Any, WhisperFeatureExtractor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from transformers import (
     Qwen2AudioProcessor,
 )
 
-from coatkit import AssetError, BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs, Output
+from coatkit import Asset, AssetError, BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs, Output
 from coatkit.backbones import whisper
 from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
 from coatkit_backbone_qwen2_audio import NAME, WEIGHTS
@@ -32,6 +33,13 @@ class Qwen2Audio(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = Qwen2AudioForConditionalGeneration
+    default_weights: ClassVar[Asset | None] = WEIGHTS
+    published_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model": "language_model.model",
+        "model.audio_tower": "audio_tower",
+        "model.multi_modal_projector": "multi_modal_projector",
+        "lm_head": "language_model.lm_head",
+    }
 
     def plan_config(self) -> Qwen2AudioConfig:
         if self.options.weights == "default":
@@ -65,6 +73,9 @@ class Qwen2Audio(HFBackbone):
 
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         return whisper.valid_frames(output, tokens["feature_attention_mask"])
+
+    def processor(self, chat_template: str) -> Qwen2AudioProcessor:
+        return Qwen2AudioProcessor(self.preparer.extractor, self.preparer.tokenizer, chat_template=chat_template)
 
     def forward(self, inputs: Inputs) -> Output:
         self._check_placeholders(inputs)
