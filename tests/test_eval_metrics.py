@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jiwer
 import numpy as np
@@ -204,7 +205,10 @@ def test_intervals_of_every_metric_hold_the_score() -> None:
     for name, metric in METRICS.items():
         if name == "note":
             pairs = [(f"C{random.integers(2)}", f"C{random.integers(2)}") for _ in range(60)]
-        scored = metric(answers(*pairs, choices=words if name in ("choice", "f1") else ()), "en")
+        given = answers(*pairs, choices=words if name in ("choice", "f1") else ())
+        if name == "judge":
+            given = [replace(one, rating=int(random.integers(6))) for one in given]
+        scored = metric(given, "en")
         low, high = interval(scored, 500)
         assert low <= scored.value <= high
         if name != "bleu":  # one word has no four-gram: 0

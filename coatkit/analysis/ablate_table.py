@@ -10,7 +10,7 @@ import numpy as np
 
 from coatkit.errors import RunError
 from coatkit.evaluation.bootstrap import DRAWS, over_seeds, over_seeds_t, two_sided
-from coatkit.evaluation.compare import check_same_rows, read_finished
+from coatkit.evaluation.compare import check_same_rows, rated_in_all, read_finished
 from coatkit.evaluation.metrics import LOWER_IS_BETTER, METRICS, Array, Scored
 from coatkit.evaluation.results import answers_of
 
@@ -22,7 +22,8 @@ def score_arms(evaluations: Evaluations, baselines: Mapping[str, str], draws: in
     """Each task with the scores of every arm, as plain data.
 
     An arm's difference is to its baseline on the seeds both have. Its interval and p-value come from draws of seeds and
-    rows (`bootstrap.over_seeds`); they are null where there is nothing to compare.
+    rows (`bootstrap.over_seeds`); they are null where there is nothing to compare. Rows that a judge did not rate in
+    all evaluations are left out.
 
     Args:
         baselines: Arm to the arm it is compared with.
@@ -31,19 +32,23 @@ def score_arms(evaluations: Evaluations, baselines: Mapping[str, str], draws: in
     Raises:
         RunError: If an evaluation is not finished, or two are not of the same rows.
     """
-    scored: dict[str, dict[str, dict[int, Scored]]] = {}
+    answered: dict[str, dict[tuple[str, int], list[dict[str, Any]]]] = {}
     first: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Path]] = {}
     for arm, seeds in evaluations.items():
         for seed, folder in seeds.items():
             for task, (how, lines) in read_finished(folder).items():
                 one = first.setdefault(task, (how, lines, folder))
-                for key in ("metric", "language", "data"):
-                    if how[key] != one[0][key]:
+                for key in ("metric", "language", "data", "judge"):
+                    if how.get(key) != one[0].get(key):
                         raise RunError(f"task {task!r}: {one[2]} and {folder} differ in {key}; evaluate with --restart")
                 check_same_rows(task, one[1], lines, (one[2], folder))
-                scored.setdefault(task, {}).setdefault(arm, {})[seed] = METRICS[how["metric"]](
-                    answers_of(lines), how["language"]
-                )
+                answered.setdefault(task, {})[arm, seed] = lines
+    scored: dict[str, dict[str, dict[int, Scored]]] = {}
+    for task, runs in answered.items():
+        how = first[task][0]
+        for (arm, seed), lines in zip(runs, rated_in_all(task, list(runs.values())), strict=True):
+            found = METRICS[how["metric"]](answers_of(lines), how["language"])
+            scored.setdefault(task, {}).setdefault(arm, {})[seed] = found
     return {task: _task(first[task][0]["metric"], arms, baselines, draws) for task, arms in scored.items()}
 
 

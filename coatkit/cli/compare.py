@@ -52,6 +52,9 @@ def command(first: Path, second: Path, as_json: bool) -> None:
     for row in table:
         cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         click.echo("  ".join(cells).rstrip())
+    for name, (_, pair) in found.items():
+        if pair.left_out:
+            click.echo(f"{name}: {pair.left_out} rows left out that the judge did not rate in both")
 
 
 def _p(value: float) -> str:

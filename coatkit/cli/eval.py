@@ -11,6 +11,14 @@ _LINE_EVERY = 15.0
 """Seconds between lines of progress."""
 
 
+def _rubric(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from coatkit.evaluation.rubric import rubric
+
+        click.echo(rubric(), nl=False)
+        ctx.exit()
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
@@ -19,10 +27,26 @@ _LINE_EVERY = 15.0
     type=click.Path(path_type=Path),
     help="Rows in any format coatkit reads, or a suite (.yaml) that names tasks.",
 )
-@click.option("--metric", metavar="NAME", help="For rows: exact, choice, f1, note, wer, bleu or chrf; else each row's.")
+@click.option(
+    "--metric", metavar="NAME", help="For rows: exact, choice, f1, note, wer, bleu, chrf, judge; else each row's."
+)
 @click.option("--choices", metavar="A,B,...", help="For rows: the answers there are, for choice and f1.")
 @click.option("--reference", metavar="KEY", help="For rows: key of the right answer; else the last assistant message.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 4096), help="For rows: longest answer. [default: 64]")
+@click.option(
+    "--judge",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For the metric judge: model=NAME, base_url=URL, ..., over the suite's.",
+)
+@click.option(
+    "--show-rubric",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_rubric,
+    help="Print what a judge is told.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Only the first rows of each task.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Rows asked together.")
 @click.option("--untrained", is_flag=True, help="The model as it was before training.")
@@ -45,6 +69,7 @@ def command(
     choices: str | None,
     reference: str | None,
     max_new_tokens: int | None,
+    judge: tuple[str, ...],
     limit: int | None,
     batch: int,
     untrained: bool,
@@ -70,6 +95,7 @@ def command(
       coatkit eval RUN --data suite.yaml --shuffle-audio
       coatkit eval RUN --data suite.yaml --vanilla --cot
       coatkit eval RUN --data test.jsonl --metric choice --choices speech,music,noise
+      coatkit eval RUN --data open.jsonl --metric judge --judge model=NAME --judge base_url=URL
     """
     import json
 
@@ -85,18 +111,24 @@ def command(
 
         if metric not in METRICS:
             raise SpecError([f"--metric {metric}: there is no such metric{near(metric, METRICS)}"])
+    put: dict[str, Any] = {}
+    if judge:
+        from coatkit.evaluation.suite import read_options
+
+        put = read_options(judge)
     if data.suffix in (".yaml", ".yml"):
         if given:
             names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
             raise SpecError([f"{names}: a suite says this itself, for each task: {data}"])
         from coatkit.evaluation.suite import read_suite
 
-        suite = read_suite(data)
+        suite = read_suite(data, put)
         from coatkit.evaluation.items import tasks_of_suite
 
         name, tasks = suite.name or data.stem, tasks_of_suite(suite, limit)
     else:
         from coatkit.evaluation.items import tasks_of_rows
+        from coatkit.evaluation.suite import read_judge
 
         words = None if choices is None else [word.strip() for word in choices.split(",")]
         tasks = tasks_of_rows(
@@ -106,8 +138,11 @@ def command(
             reference=reference,
             max_new_tokens=max_new_tokens or 64,
             limit=limit,
+            judge=read_judge(put) if put else None,
         )
         name = data.stem
+        if put and all(task.spec.metric != "judge" for task in tasks):
+            raise SpecError(["--judge: no row has the metric judge; say --metric judge"])
     from coatkit.evaluation.cot import THOUGHT_TOKENS
     from coatkit.evaluation.evaluate import evaluate
 
@@ -124,7 +159,8 @@ def command(
         skip_bad=skip_bad,
         restart=restart,
         device=device,
-        say=_Progress(),
+        say=_Progress("asking about {} rows{}", "answered", "rows"),
+        say_judged=_Progress("asking the judge about {} answers{}", "rated", "answers judged"),
     )
     click.echo(json.dumps(results, indent=1, ensure_ascii=False) if as_json else "\n".join(_table(results)))
     click.echo(f"{folder}: predictions.jsonl, results.json", err=as_json)
@@ -133,7 +169,8 @@ def command(
 class _Progress:
     """A line at the start and every 15 seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: str, before: str, what: str) -> None:
+        self.start, self.before, self.what = start, before, what
         self.begun: tuple[float, int] | None = None
         self.said = 0.0
 
@@ -143,11 +180,11 @@ class _Progress:
         now = time.monotonic()
         if self.begun is None:
             self.begun, self.said = (now, done), now
-            there = f", {done} answered already" if done else ""
-            click.echo(f"asking about {total} rows{there}", err=True)
+            there = f", {done} {self.before} already" if done else ""
+            click.echo(self.start.format(total, there), err=True)
         elif now - self.said >= _LINE_EVERY and done < total:
             left = (now - self.begun[0]) / (done - self.begun[1]) * (total - done)
-            click.echo(f"{done}/{total} rows, {left / 60:.1f} min left", err=True)
+            click.echo(f"{done}/{total} {self.what}, {left / 60:.1f} min left", err=True)
             self.said = now
 
 
@@ -172,6 +209,12 @@ def _table(results: dict[str, Any]) -> list[str]:
             lines.append(f"  {name}: {task['bad']} bad rows left out, first: {task['bad_rows'][0]['reason']}")
         if task["empty_references"]:
             lines.append(f"  {name}: {task['empty_references']} rows whose reference is empty do not count")
+        if task.get("judge_failures"):
+            reason = next(iter(task["judge_failure_reasons"]))
+            lines.append(
+                f"  {name}: {task['judge_failures']} answers have no rating and do not count; the same command asks for"
+                f" them again. First reason: {reason}"
+            )
         if task.get("cot_unfinished"):
             lines.append(f"  {name}: {task['cot_unfinished']} rows came to no 'Answer:'; all they said counts")
         if task.get("own_sound"):

@@ -48,6 +48,7 @@ class Paired:
         first_only: Rows that the first alone has right, where rows are right or wrong.
         second_only: Rows that the second alone has right.
         rows: Rows that count in both.
+        left_out: Rows that a judge did not rate in both.
     """
 
     first: float
@@ -60,6 +61,7 @@ class Paired:
     first_only: int | None
     second_only: int | None
     rows: int
+    left_out: int = 0
 
 
 def paired(first: Scored, second: Scored, draws: int = DRAWS, seed: int = 0) -> Paired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,29 @@ def compare(first: Path, second: Path) -> dict[str, tuple[str, Paired]]:
     found = {}
     for name, (task, lines) in one.items():
         other, others = two[name]
-        for key in ("metric", "language", "data"):
-            if task[key] != other[key]:
-                raise RunError(f"task {name!r}: {first} and {second} differ in {key}: {task[key]} and {other[key]}")
+        for key in ("metric", "language", "data", "judge"):
+            if task.get(key) != other.get(key):
+                raise RunError(
+                    f"task {name!r}: {first} and {second} differ in {key}: {task.get(key)} and {other.get(key)}"
+                )
         check_same_rows(name, lines, others, (first, second))
         score = METRICS[task["metric"]]
-        scored = [score(answers_of(part), task["language"]) for part in (lines, others)]
-        found[name] = task["metric"], paired(scored[0], scored[1])
+        parts = rated_in_all(name, (lines, others))
+        scored = [score(answers_of(part), task["language"]) for part in parts]
+        found[name] = task["metric"], replace(paired(scored[0], scored[1]), left_out=len(lines) - len(parts[0]))
     return found
+
+
+def rated_in_all(name: str, parts: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """The lines of several evaluations of the same rows, without the rows that a judge did not rate in all of them.
+
+    Raises:
+        RunError: If no row is left.
+    """
+    good = [i for i, row in enumerate(zip(*parts, strict=True)) if not any("judge_failure" in line for line in row)]
+    if parts[0] and not good:
+        raise RunError(f"task {name!r}: no row was rated by the judge in all evaluations; run them again")
+    return [[part[i] for i in good] for part in parts]
 
 
 def read_finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -11,6 +11,8 @@ from coatkit.errors import RunError
 from coatkit.evaluation.cot import without_block
 from coatkit.evaluation.generate import Say, answer_all, folder_for, identity
 from coatkit.evaluation.items import Task, refuse_bad, shuffle_sounds, unhearable
+from coatkit.evaluation.judge import judge_answers, judged, require_judges
+from coatkit.evaluation.judge_client import judge_identity
 from coatkit.evaluation.metrics import METRICS
 from coatkit.evaluation.predictions import Predictions
 from coatkit.evaluation.results import made_with, score_tasks
@@ -32,6 +34,7 @@ def evaluate(
     restart: bool = False,
     device: str | None = None,
     say: Say = lambda done, total: None,
+    say_judged: Say = lambda done, total: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Ask a run about every row of the tasks, score the answers, and write both down.
 
@@ -48,6 +51,8 @@ def evaluate(
         skip_bad: Leave bad rows out, and say so in the results, where else they are refused.
         restart: Throw away answers that are there.
         device: Torch device; the best there is when left out.
+        say: Called with rows answered and rows in all.
+        say_judged: Called with answers rated by a judge and answers in all.
 
     Returns:
         The folder, and what is in its results.json.
@@ -56,12 +61,15 @@ def evaluate(
         DataError: If rows are bad.
         RunError: If the run cannot be loaded, or the folder holds answers of another model or to other rows.
         PluginError: If a library that a metric needs is not installed.
+        JudgeError: If a judge is wanted and cannot be asked, or rates nothing; answers and ratings are kept.
     """
     refuse_bad(tasks, skip_bad)
     folder = RunFolder(run)
     folder.read_record()
     for task in tasks:  # a library that is missing is told before hours of asking
         METRICS[task.spec.metric]((), task.spec.language)
+    place = out or folder_for(run, name, trained=trained, shuffled=shuffle, block=block, cot=cot)
+    require_judges(tasks, place)
     model = infer.load(run, trained=trained, device=device)
     if not block:
         without_block(model)
@@ -72,11 +80,16 @@ def evaluate(
         if all(task.own_sound == sum(bool(i.seconds) for i in task.items) for task in tasks):
             raise RunError("no sound can be shuffled: no task has two rows with different sounds")
     known = identity(model, folder, tasks, batch=batch, shuffled=shuffle, block=block, cot=cot)
-    scoring = {task.spec.name: {"metric": task.spec.metric, "language": task.spec.language} for task in tasks}
-    place = out or folder_for(run, name, trained=trained, shuffled=shuffle, block=block, cot=cot)
+    scoring: dict[str, dict[str, Any]] = {
+        task.spec.name: {"metric": task.spec.metric, "language": task.spec.language} for task in tasks
+    }
+    for task in judged(tasks):
+        if task.judge is not None:
+            scoring[task.spec.name]["judge"] = judge_identity(task.judge)
     with Predictions(place, known, restart=restart) as kept:
         answer_all(model, tasks, kept, batch=batch, cot=cot, skip_bad=skip_bad, say=say)
-        scores, lines = score_tasks(tasks, kept.lines)
+        ratings = judge_answers(tasks, kept.lines, kept.folder, say_judged)
+        scores, lines = score_tasks(tasks, kept.lines, ratings)
         about = {"run": str(run), "step": model.step, "trained": trained, "block": block, "cot": cot}
         about |= {"shuffled_sounds": shuffle, "data": name}
         results = {**made_with(about), "tasks": scores}

@@ -16,7 +16,7 @@ from coatkit.data.rows import AUDIO_TAG, Row, Rows
 from coatkit.data.sources import open_data
 from coatkit.errors import DataError, SpecError
 from coatkit.evaluation.metrics import Answer, cannot_score
-from coatkit.evaluation.suite import METRICS, SuiteSpec, TaskSpec
+from coatkit.evaluation.suite import METRICS, JudgeSpec, SuiteSpec, TaskSpec
 from coatkit.protocols import Preparer
 from coatkit.spec_data import FilterSpec, SourceSpec
 
@@ -64,6 +64,7 @@ class Task:
         left_out: Rows its filter does not take.
         bad: Index, row id and reason of each row that cannot be used.
         own_sound: With shuffled sounds: rows that kept their own, for want of another to exchange with.
+        judge: What rates the answers, for the metric `judge`.
     """
 
     spec: TaskSpec
@@ -72,6 +73,7 @@ class Task:
     left_out: int = 0
     bad: list[tuple[int, str, str]] = field(default_factory=list)
     own_sound: int = 0
+    judge: JudgeSpec | None = None
 
 
 def tasks_of_suite(suite: SuiteSpec, limit: int | None = None) -> list[Task]:
@@ -91,7 +93,7 @@ def tasks_of_suite(suite: SuiteSpec, limit: int | None = None) -> list[Task]:
             rows = open_data(spec.data)
             opened[source] = rows, rows.fingerprint()
         rows, digest = opened[source]
-        task, sieve = Task(spec, digest), Sieve({"the task": spec.data.filter})
+        task, sieve = Task(spec, digest, judge=suite.judge), Sieve({"the task": spec.data.filter})
         for index in range(len(rows)):
             if limit is not None and len(task.items) + len(task.bad) >= limit:
                 break
@@ -112,6 +114,7 @@ def tasks_of_rows(
     reference: str | None = None,
     max_new_tokens: int = 64,
     limit: int | None = None,
+    judge: JudgeSpec | None = None,
 ) -> list[Task]:
     """The rows of one file, a task for each value of their label `task`, scored by `metric` or their label `metric`.
 
@@ -139,7 +142,7 @@ def tasks_of_rows(
             except ValidationError as error:
                 problems = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
                 raise SpecError([f"task {name!r}: {problem}" for problem in problems]) from None
-            tasks[name] = Task(spec, digest)
+            tasks[name] = Task(spec, digest, judge=judge)
         task = tasks[name]
         if limit is None or len(task.items) + len(task.bad) < limit:
             _take(rows, index, task, Sieve({"the task": FilterSpec()}))

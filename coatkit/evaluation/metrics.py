@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coatkit.evaluation.choices import choose
 from coatkit.evaluation.notes import read_note
+from coatkit.evaluation.rubric import HIGHEST
 from coatkit.evaluation.text import library, plain, whisper_normalizer
 
 Array = NDArray[np.float64]
@@ -28,11 +29,13 @@ class Answer:
         said: The model's answer.
         references: The right answer; for captions there may be several.
         choices: Options of the row; empty where it has none.
+        rating: What a judge gave it, 0 to 5; None where none did.
     """
 
     said: str
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    rating: int | None = None
 
 
 @dataclass
@@ -245,8 +248,22 @@ def chrf(answers: Sequence[Answer], language: str = "") -> Scored:
     return Scored(counts, ratio, np.ones(len(rows), bool), rows, [a.said for a in answers])
 
 
+def judge(answers: Sequence[Answer], language: str = "") -> Scored:
+    """Mean of the ratings 0 to 5 that a judge gave (`judge.judge_answers`), times 20.
+
+    An answer that was not rated does not count; it is never taken for a 0.
+    """
+    kept = np.array([a.rating is not None for a in answers], bool)
+    rows = np.array([np.nan if a.rating is None else 100 * a.rating / HIGHEST for a in answers], np.float64)
+    counts = np.where(kept[:, None], np.stack([rows / 100, np.ones(len(rows))], 1), 0.0)
+    given = Counter(a.rating for a in answers if a.rating is not None)
+    details = {"ratings": {str(rating): given[rating] for rating in range(HIGHEST + 1)}}
+    read_as = [None if a.rating is None else str(a.rating) for a in answers]
+    return Scored(counts, ratio, kept, rows, read_as, details=details)
+
+
 METRICS: Mapping[str, Metric] = {
-    "exact": exact, "choice": choice, "f1": f1, "note": note, "wer": wer, "bleu": bleu, "chrf": chrf,
+    "exact": exact, "choice": choice, "f1": f1, "note": note, "wer": wer, "bleu": bleu, "chrf": chrf, "judge": judge,
 }  # fmt: skip
 LOWER_IS_BETTER = frozenset({"wer"})
 
@@ -264,4 +281,6 @@ def cannot_score(metric: str, answer: Answer) -> str:
         return f"the metric {metric} takes one right answer, the row has {len(answer.references)}"
     if metric in ("f1", "exact") and not plain(first):
         return f"the right answer {first!r:.60} has no letter or digit"
+    if metric == "judge" and not all(reference.strip() for reference in answer.references):
+        return "the right answer is empty, and a judge has nothing to go by"
     return ""

@@ -39,8 +39,11 @@ def whisper_normalizer(language: str) -> Callable[[str], str]:
     return normalize
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str = "analysis") -> Any:
     """A library that only evaluation needs.
+
+    Args:
+        extra: The extra of coatkit that brings it.
 
     Raises:
         PluginError: If it is not installed; says how to install it.
@@ -49,4 +52,4 @@ def library(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         package = name.partition(".")[0].replace("_", "-")
-        raise PluginError(f"this needs {package} ({error}): pip install 'coatkit[analysis]'") from None
+        raise PluginError(f"this needs {package} ({error}): pip install 'coatkit[{extra}]'") from None
