@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,46 @@ def expert(name: str, heard: Heard, seconds: float) -> Any:
     return _figure(panels, heard.rate, seconds)
 
 
+def overview(heard: Heard | None, samples: np.ndarray, rate: int) -> Any:
+    """One figure of all heads under the waveform: readouts where there are any, else how strong the prediction is.
+
+    Args:
+        heard: None for a model that thinks nothing; the waveform is drawn then.
+        samples: [N] mono, at `rate` Hz.
+
+    Raises:
+        PluginError: If matplotlib is not installed.
+    """
+    seconds = len(samples) / rate
+    loudest = max(float(np.abs(samples).max()), 1e-6)
+    panels = [_Panel("the sound", torch.zeros(0), 0.75, -loudest, loudest)]
+    if heard is not None and len(heard.states):
+        for name, readout in heard.readout.items():
+            panels += [replace(panel, title=f"{name}: {readout.name}") for panel in _readouts(readout)]
+        panels += [_strength(name, found) for name, found in heard.predicted.items() if name not in heard.readout]
+    figure = _figure(panels, 1.0 if heard is None else heard.rate, seconds)
+    wave = figure.axes[0]
+    time, low, high = _envelope(samples, rate)
+    wave.fill_between(time, low, high, color=plots.COLORS[0], linewidth=0.4)
+    return figure
+
+
+def _strength(name: str, predicted: Tensor) -> _Panel:
+    """How large the predicted features are at each position: an expert without readout says no more that has a name."""
+    values = predicted.square().mean(1).sqrt()
+    low, high = float(values.min()), float(values.max())
+    around = max(0.15 * (high - low), 0.05 * high, 1e-6)  # what hardly changes is not blown up to look like much
+    title = f"{name}: strength of the predicted features (root mean square of {predicted.shape[1]:,})"
+    return _Panel(title, values, 0.75, max(0.0, low - around), high + around)
+
+
+def _envelope(samples: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times and the least and greatest sample around each, at most 1,000."""
+    edges = np.linspace(0, len(samples), min(len(samples), 1000) + 1).astype(int)[:-1]
+    ends = np.append(edges[1:], len(samples))
+    return (edges + ends) / 2 / rate, np.minimum.reduceat(samples, edges), np.maximum.reduceat(samples, edges)
+
+
 def spectrograms(mels: Sequence[tuple[str, Tensor]], frame_rate: float, seconds: float) -> Any:
     """Log-mel spectrograms [T, bands], named, on the scale of the first."""
     first = mels[0][1]
@@ -127,7 +167,12 @@ def _maps(predicted: Tensor, target: Tensor | None) -> list[_Panel]:
     ]
 
 
-def _readouts(predicted: Readout, target: Readout | None) -> list[_Panel]:
+def note_name(midi: int) -> str:
+    """A MIDI note as people write it: 69 is A4."""
+    return f"{_NOTES[midi % 12]}{midi // 12 - 1}"
+
+
+def _readouts(predicted: Readout, target: Readout | None = None) -> list[_Panel]:
     both = [predicted] if target is None else [target, predicted]
     shown, ticks, axis, height = _frequencies(both) if predicted.hertz else _classes(both)
     high = max(float(values.max()) for values in shown)
@@ -164,7 +209,7 @@ def _frequencies(both: Sequence[Readout]) -> tuple[list[Tensor], tuple[tuple[flo
     for note in range(low, high + 1):
         at = float(np.interp(note, midi, np.arange(len(midi)))) - begin
         if note % 12 in wanted and midi[0] - 0.5 <= note <= midi[-1] + 0.5:
-            ticks.append((at, f"{_NOTES[note % 12]}{note // 12 - 1}"))
+            ticks.append((at, note_name(note)))
     return [readout.values[:, begin:end] for readout in both], tuple(ticks), "note", 1.5
 
 
@@ -195,8 +240,8 @@ def _line(axis: Any, panel: _Panel, rate: float) -> None:
     if panel.against is not None:
         label = "the target's mean instead"
         axis.plot(time, panel.against.numpy(), color=plots.COLORS[1], linewidth=1, linestyle="--", label=label)
+        axis.legend(fontsize=7, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0)
     axis.set_ylim(panel.low, panel.high + 0.02 * (panel.high - panel.low))
-    axis.legend(fontsize=7, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0)
     axis.grid(axis="y", linewidth=0.4, alpha=0.5)
 
 

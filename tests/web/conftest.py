@@ -20,6 +20,8 @@ def browser() -> Iterator[Any]:
     with api.sync_playwright() as playwright:
         # A machine for tests has no sound card and no one to press play; a container has no sandbox.
         flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--mute-audio"]
+        # A microphone that beeps, and no one who has to allow it.
+        flags += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
         started = playwright.chromium.launch(executable_path=found, args=flags)
         yield started
         started.close()
