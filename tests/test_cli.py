@@ -12,8 +12,8 @@ from coatkit import cli, plugins
 from coatkit.manifest import Manifest
 from coatkit.plugins import Broken, Installed, Registry
 
-COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "eval", "compare"]
-COMMANDS += ["ablate", "report", "latency", "plugins"]
+COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "demo", "eval", "compare"]
+COMMANDS += ["probe", "ablate", "report", "latency", "export", "plugins"]
 
 SPEC = """\
 name: quick

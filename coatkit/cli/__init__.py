@@ -18,11 +18,14 @@ _COMMANDS = {
     "fetch": "Bring the weights a spec or a component needs into the cache.",
     "ask": "Ask a trained run about a sound.",
     "view": "See and hear what a trained run thinks of a sound.",
+    "demo": "Try a trained run in the browser.",
     "eval": "Score a run's answers to rows it was not trained on.",
     "compare": "Compare two evaluations of the same rows.",
+    "probe": "Say what can be read off a run's states, with linear probes.",
     "ablate": "Train, evaluate and compare the arms of an ablation.",
     "report": "Make one page of a run, or of several side by side.",
     "latency": "Measure the time to the first token and to the whole answer.",
+    "export": "Write a run's model for plain peft, transformers or vLLM.",
     "plugins": "List experts, heads and backbones, and what failed to load.",
 }
 
