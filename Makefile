@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-lmms test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -57,11 +57,24 @@ test-qlora: setup .qlora/.installed
 test-deepspeed: setup .deepspeed/.installed
 	PATH="$(CURDIR)/.deepspeed/bin:$$PATH" OMP_NUM_THREADS=1 .deepspeed/bin/python -m pytest tests/test_deepspeed.py
 
-.web/.installed: PACKAGES := playwright==1.65.2 greenlet==3.5.6
+# lmms-eval's own command asks a run. Of its 130 packages the 30 are there that it imports to run these tests.
+test-lmms: setup .lmms/.installed
+	OMP_NUM_THREADS=1 .lmms/bin/python -m pytest tests/lmms plugins/coatkit-eval-lmms
+
+# gradio brings a Pillow older than .venv's; so it is here, as people get it from the extra `demo`.
+.web/.installed: PACKAGES := playwright==1.65.2 greenlet==3.5.6 gradio==6.31.0 gradio-client==2.7.2 hf-gradio==0.4.1 \
+  brotli==1.2.1 fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 groovy==0.1.2 httpx==0.28.1 httpcore==1.0.9 \
+  opentelemetry-api==1.45.2 orjson==3.13.0 pandas==3.1.1 pillow==12.3.0 pydub==0.25.1 python-multipart==0.0.34 pytz==2026.6 \
+  safehttpx==0.1.7 semantic-version==2.10.0 tomlkit==0.14.0
 .qlora/.installed: PACKAGES := bitsandbytes==0.50.2
+.lmms/.installed: PACKAGES := lmms-eval==0.7.3 datasets==5.2.0 evaluate==0.4.6 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 \
+  xxhash==4.1.0 aiohttp==3.14.5 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 attrs==26.1.0 frozenlist==1.8.0 multidict==7.2.1 \
+  propcache==0.5.4 yarl==1.25.1 loguru==0.7.3 tenacity==9.2.1 editdistance==0.8.1 zhconv==1.4.3 pytablewriter==1.2.1 \
+  DataProperty==1.1.1 mbstrdecoder==1.1.5 pathvalidate==3.3.1 tabledata==1.3.5 tcolorpy==0.1.7 typepy==2.0.0 chardet==7.7.0 \
+  six==1.17.0 pytz==2026.6
 .deepspeed/.installed: PACKAGES := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 PLACE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-.qlora/.installed .deepspeed/.installed .web/.installed: $(VENV)/.installed
+.qlora/.installed .deepspeed/.installed .web/.installed .lmms/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PLACE))')" > $$($(@D)/bin/python $(PLACE))/beside.pth
 	$(@D)/bin/python -m pip install -q --no-deps setuptools wheel
@@ -132,4 +145,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web .lmms build dist *.egg-info plugins/*/src/*.egg-info
