@@ -198,8 +198,8 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 # What stands beside the method: commands, planning, drawing and looking at data, readers of foreign formats, other
-# interpreters and launchers, the feature store, using and exporting a run, evaluation, analysis and demo, and the kit for
-# authors. The rest is what a reader of the method goes through.
+# interpreters and launchers, the feature store, using and exporting a run, evaluation, analysis and demo, and the kit
+# for authors. The rest is what a reader of the method goes through.
 ASIDE = ("testing", "cli", "plan", "evaluation", "data.formats", "data.lines", "data.containers", "data.mixture")
 ASIDE += ("data.pools", "data.budgets", "data.filters", "data.survey", "data.page", "extract", "foreign", "worker")
 ASIDE += ("zero", "backbones.quantize", "download", "store", "features", "thought", "analysis", "demo")

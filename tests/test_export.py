@@ -152,7 +152,7 @@ def test_heads_and_experts_lie_beside(merged: Path, run: Any) -> None:
     }
     assert set(facts["heads"]) == {"audio", "level"}
     assert facts["heads"]["level"]["dim"] == 2
-    saved = load_file(merged / "heads.safetensors")
+    saved = load_file(merged / "coatkit/heads.safetensors")
     trained = {k: v for k, v in run.run.tensors().items() if k.startswith("heads.")}
     assert trained
     assert set(saved) == set(trained)

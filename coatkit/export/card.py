@@ -55,7 +55,7 @@ give it. Answers are greedy; the block's tokens and the placeholder (`suppress_t
 
 {licences}
 
-Other files: `coatkit.json` (the block's settings), `heads.safetensors` (the heads that were distilled from the experts;
+Other files: `coatkit.json` (the block's settings), `coatkit/heads.safetensors` (the heads that were distilled from the experts;
 for analysis, not needed to answer).
 """
 

@@ -5,7 +5,7 @@ config.json, ...     with `merge`: the model, as the stock class of transformers
 adapter_config.json  without: a PEFT adapter and the three token rows, for the stock model
 chat_template.jinja  writes the thinking block; takes `audio_think_len`
 coatkit.json         the block's settings, and heads and experts by name
-heads.safetensors    the heads, for analysis; answering needs none of them
+coatkit/             heads.safetensors, for analysis; answering needs none of them
 """
 
 from __future__ import annotations
@@ -139,4 +139,6 @@ def _save_heads(model: AudioThinker, folder: Path) -> None:
     tensors = load_file(model.checkpoint / "model.safetensors")
     heads = {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}
     if heads:
-        save_file(heads, folder / "heads.safetensors", metadata={"format": "pt"})
+        # In a folder of its own: servers read every safetensors file beside config.json as the model's.
+        (folder / "coatkit").mkdir()
+        save_file(heads, folder / "coatkit/heads.safetensors", metadata={"format": "pt"})

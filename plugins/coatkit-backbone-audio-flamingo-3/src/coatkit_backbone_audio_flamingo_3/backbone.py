@@ -95,7 +95,12 @@ class AudioFlamingo3(HFBackbone):
         return whisper.valid_frames(output, tokens["input_features_mask"])
 
     def processor(self, chat_template: str) -> AudioFlamingo3Processor:
-        return AudioFlamingo3Processor(self.preparer.extractor, self.preparer.tokenizer, chat_template=chat_template)
+        return AudioFlamingo3Processor(
+            self.preparer.extractor,
+            self.preparer.tokenizer,
+            chat_template=chat_template,
+            max_audio_len=int(self.preparer.max_seconds),
+        )
 
 
 def check_tokens(folder: Path, tokenizer: Any, model: Any) -> None:
