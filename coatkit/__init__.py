@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coatkit.data.rows import AUDIO_TAG as AUDIO_TAG
     from coatkit.data.rows import AudioRef as AudioRef
     from coatkit.data.rows import JsonlRows as JsonlRows
+    from coatkit.data.rows import Message as Message
     from coatkit.data.rows import Row as Row
     from coatkit.errors import AssetError as AssetError
     from coatkit.errors import CoatkitError as CoatkitError
@@ -61,7 +62,7 @@ _HOME = {
     "coatkit.assets": ("cache_dir", "require"),
     "coatkit.backbones.hf": ("HFBackbone", "HFPreparer"),
     "coatkit.backbones.options": ("BackboneOptions", "TrainOptions"),
-    "coatkit.data.rows": ("AUDIO_TAG", "AudioRef", "JsonlRows", "Row"),
+    "coatkit.data.rows": ("AUDIO_TAG", "AudioRef", "JsonlRows", "Message", "Row"),
     "coatkit.errors": ("AssetError", "CoatkitError", "DataError", "PluginError"),
     "coatkit.hookspecs": ("hookimpl",),
     "coatkit.infer": ("AudioThinker", "load", "load_backbone", "load_expert"),

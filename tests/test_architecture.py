@@ -42,7 +42,7 @@ evaluation.generate evaluation.compare
 evaluation.evaluate analysis.probe analysis.probe_states analysis.ablate_study analysis.ablate_table demo.guard
 analysis.ablate_arms analysis.ablate_job analysis.probe_report demo.asking
 analysis.ablate_processes analysis.ablate_runs demo.page
-analysis.ablate demo.server export.card export.hub
+analysis.ablate demo.server export.card export.hub serving
 export.write
 testing.suite testing.guard testing.sounds testing.checkpoints
 testing.bench testing.fresh
@@ -203,7 +203,7 @@ def test_no_file_is_long(path: Path) -> None:
 ASIDE = ("testing", "cli", "plan", "evaluation", "data.formats", "data.lines", "data.containers", "data.mixture")
 ASIDE += ("data.pools", "data.budgets", "data.filters", "data.survey", "data.page", "extract", "foreign", "worker")
 ASIDE += ("zero", "backbones.quantize", "download", "store", "features", "thought", "analysis", "demo")
-ASIDE += ("export", "backbones.chat", "backbones.publishing", "infer", "streaming")
+ASIDE += ("export", "backbones.chat", "backbones.publishing", "infer", "serving", "streaming")
 
 
 def test_the_core_is_small() -> None:
