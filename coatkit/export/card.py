@@ -55,8 +55,8 @@ give it. Answers are greedy; the block's tokens and the placeholder (`suppress_t
 
 {licences}
 
-Other files: `coatkit.json` (the block's settings), `coatkit/heads.safetensors` (the heads that were distilled from the experts;
-for analysis, not needed to answer).
+Other files: `coatkit.json` (the block's settings), `coatkit/heads.safetensors` (the heads that were distilled from the
+experts; for analysis, not needed to answer).
 """
 
 

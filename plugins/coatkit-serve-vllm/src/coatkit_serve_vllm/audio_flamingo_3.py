@@ -31,8 +31,8 @@ class ThinkingAudioFlamingo3(ThinkingModel, stock.AudioFlamingo3ForConditionalGe
 
 def _with_biases(weights: Iterable[tuple[str, torch.Tensor]], text: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights, with a bias of zero behind each projection that has none in a Llama and one in a Qwen2."""
+    bare = ("q_proj.weight", "k_proj.weight", "v_proj.weight") if text.model_type == "llama" else ()
     for name, tensor in weights:
         yield name, tensor
-        if text.model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            if name.startswith("language_model."):
-                yield name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
+        if name.startswith("language_model.") and name.endswith(bare):
+            yield name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])

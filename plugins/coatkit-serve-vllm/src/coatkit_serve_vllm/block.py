@@ -66,8 +66,8 @@ class Sound:
 def expand(ids: Sequence[int], sounds: Sequence[Sound], block: Block) -> tuple[list[int], list[int]]:
     """Write each block with a thinking position for every audio token of the sounds since the block before it.
 
-    A block comes in with one thinking token (as the exported chat template writes it), or with all of them already (where
-    the client gave `audio_think_len`), and goes out the same either way.
+    A block comes in with one thinking token (as the exported chat template writes it), or with all of them already
+    (where the client gave `audio_think_len`), and goes out the same either way.
 
     Args:
         ids: A prompt whose sounds have been expanded.
@@ -111,7 +111,7 @@ def expand(ids: Sequence[int], sounds: Sequence[Sound], block: Block) -> tuple[l
         waiting, i = 0, end + 1
     if waiting:
         raise ValueError(
-            "the prompt has a sound and no thinking block after it; this model was trained with one, so use its own chat"
-            " template (with add_generation_prompt), or write the block's three tokens where the template does"
+            "the prompt has a sound and no thinking block after it; this model was trained with one, so use its own"
+            " chat template (with add_generation_prompt), or write the block's three tokens where the template does"
         )
     return out, starts

@@ -1,0 +1,101 @@
+"""Asking a served run: a client of any server that speaks OpenAI's chat completions with audio."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from coatkit.data import audio as sound
+from coatkit.data.rows import AudioRef
+from coatkit.errors import DataError, RunError
+from coatkit.evaluation.text import library
+
+RATE = 16_000
+"""Sample rate that sounds are sent at, Hz: what all backbones here hear."""
+_SHOWN = 500
+
+
+def ask_server(
+    url: str,
+    audio: Path | AudioRef | None,
+    question: str,
+    *,
+    model: str | None = None,
+    max_new_tokens: int = 64,
+    audio_think_len: int | None = None,
+    timeout: float = 300.0,
+) -> str:
+    """The answer of a server to one question, decoded greedily.
+
+    The sound is decoded, made mono and resampled here, as in training, and sent as float32 WAV at 16 kHz.
+
+    Args:
+        url: Of the server, with or without `/v1`.
+        audio: None asks about text alone.
+        model: Its name on the server; the first the server lists when left out.
+        audio_think_len: Thinking positions of the block, for a server that does not expand it by itself
+            (docs/serving.md has the formula).
+        timeout: Seconds to wait for the answer.
+
+    Raises:
+        DataError: If the question is empty or the sound cannot be read.
+        RunError: If the server cannot be reached or refuses; says what it said.
+        PluginError: If openai is not installed.
+    """
+    if not question.strip():
+        raise DataError("the question is empty")
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if audio is not None:
+        ref = audio if isinstance(audio, AudioRef) else AudioRef(audio)
+        data = base64.b64encode(wav(ref)).decode()
+        parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+    openai = library("openai", extra="serve")
+    base = url.rstrip("/")
+    base = base if base.endswith("/v1") else f"{base}/v1"
+    extra = {} if audio_think_len is None else {"chat_template_kwargs": {"audio_think_len": audio_think_len}}
+    # A server of one's own wants no key; openai will not start without one.
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    try:
+        with openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=1) as client:
+            name = model or next(iter(client.models.list().data)).id
+            reply = client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": parts}],
+                max_tokens=max_new_tokens,
+                temperature=0,
+                extra_body=extra,
+            )
+            return (reply.choices[0].message.content or "").strip()
+    except openai.APIStatusError as error:
+        raise RunError(f"{base}: refused ({error.status_code}): {_said(error)}") from None
+    except openai.APITimeoutError:
+        raise RunError(f"{base}: gave no answer within {timeout:g} s") from None
+    except openai.APIConnectionError as error:
+        reason = error.__cause__ or error
+        raise RunError(f"{base}: cannot be reached: {reason}; is the server running?") from None
+    except (openai.OpenAIError, StopIteration, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise RunError(f"{base}: does not answer as OpenAI's API does: {error or type(error).__name__}") from None
+
+
+def wav(ref: AudioRef) -> bytes:
+    """A sound as mono float32 WAV at 16 kHz.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    samples, rate = sound.read(ref, sound.LONGEST_ASKED)
+    file = io.BytesIO()
+    soundfile.write(file, sound.resample(samples, rate, RATE), RATE, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def _said(error: Any) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    inner = body.get("error", body)
+    text = inner.get("message") if isinstance(inner, dict) else None
+    return " ".join(str(text or error.message).split())[:_SHOWN]
