@@ -7,7 +7,7 @@ PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
 PARITY := basic_pitch emotion2vec mert panns spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-lmms test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-lmms test-vllm test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -60,6 +60,21 @@ test-deepspeed: setup .deepspeed/.installed
 # lmms-eval's own command asks a run. Of its 130 packages the 30 are there that it imports to run these tests.
 test-lmms: setup .lmms/.installed
 	OMP_NUM_THREADS=1 .lmms/bin/python -m pytest tests/lmms plugins/coatkit-eval-lmms
+
+# Exported runs in vLLM against transformers, in vLLM's own environment (.vllm). Writes the table in docs/serving.md.
+test-vllm: setup .vllm/.installed
+	rm -rf .vllm/work && OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/make.py .vllm/work
+	COATKIT_VLLM_WORK=$(CURDIR)/.vllm/work COATKIT_VLLM_COMMAND=$(CURDIR)/$(BIN)/coatkit PYTHONPATH=tests/vllm/site \
+	  OMP_NUM_THREADS=1 .vllm/bin/python -m pytest --confcutdir=tests/vllm -p no:cacheprovider tests/vllm
+	$(BIN)/python tests/vllm/table.py .vllm/work docs/serving.md
+
+# torchaudio and torchcodec come built for another torch than vLLM's, and fail when they are imported.
+.vllm/.installed: tests/vllm/requirements.txt
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install -q -r tests/vllm/requirements.txt
+	.vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	.vllm/bin/python -m pip install -q --no-deps -e plugins/coatkit-serve-vllm
+	touch $@
 
 # gradio brings a Pillow older than .venv's; so it is here, as people get it from the extra `demo`.
 .web/.installed: PACKAGES := playwright==1.65.2 greenlet==3.5.6 gradio==6.31.0 gradio-client==2.7.2 hf-gradio==0.4.1 \
@@ -145,4 +160,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web .lmms build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web .lmms .vllm build dist *.egg-info plugins/*/src/*.egg-info

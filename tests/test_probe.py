@@ -74,6 +74,16 @@ def test_a_class_that_a_fold_never_saw_is_held_impossible() -> None:
     assert (found.of_true[-2:] == 0).all()
 
 
+def test_folds_that_see_one_class_say_it() -> None:
+    """Shuffling may bring a rare class into a single group."""
+    states = np.random.default_rng(0).standard_normal((12, 3))
+    groups = [f"g{i}" for i in range(10)] + ["g10", "g10"]
+    found = probe(states, ["a"] * 10 + ["b", "b"], groups, Settings(folds=2))
+    assert not found.right[-2:].any()
+    assert (found.sure[-2:] == 1).all()
+    assert found.right.sum() >= 5
+
+
 def test_rank_correlation_is_scipys_with_an_interval_around_it() -> None:
     random = np.random.default_rng(3)
     correct = (random.random(200) > 0.5).astype(float)
@@ -186,17 +196,39 @@ def test_an_evaluation_that_is_there_is_taken(thinking_run: Any, rows: Path, tmp
         cli, ["eval", str(run), "--data", str(rows), "--metric", "exact", "--out", str(tmp_path / "eval")]
     )
     assert said.exit_code == 0, said.output
-    more = ("--out", str(tmp_path / "out"), "--steps", "3", "--label", "mood", "--correct", str(tmp_path / "eval"))
+    more = ("--out", str(tmp_path / "out"), "--steps", "3,6", "--label", "mood", "--correct", str(tmp_path / "eval"))
     done = invoke(thinking_run, rows, *more)
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "out/answers").exists()
     (task,) = json.loads((tmp_path / "out/results.json").read_text())["tasks"].values()
     assert task["classes"] == {"glad": 6, "sad": 6}
+    # Answers of a model that is not probed foretell nothing.
+    alone = invoke(thinking_run, rows, *("3" if word == "3,6" else word for word in more))
+    assert isinstance(alone.exception, RunError)
+    assert "its answers are not of this run at step 3; add the step that answered" in str(alone.exception)
     other = rows.with_name("other.jsonl")
     other.write_text(rows.read_text() + rows.read_text().splitlines()[0].replace('"r00"', '"r99"') + "\n")
     wrong = invoke(thinking_run, other, *more)
     assert isinstance(wrong.exception, RunError)
     assert "has not for every row" in str(wrong.exception)
+
+
+def test_correctness_stands_at_the_step_that_answered(thinking_run: Any, rows: Path, tmp_path: Path) -> None:
+    run, evaluation = thinking_run.run.folder, tmp_path / "eval"
+    asked = ["eval", str(run), "--data", str(rows), "--metric", "exact", "--out", str(evaluation)]
+    assert CliRunner().invoke(cli, [*asked, "--untrained"]).exit_code == 0
+    more = ("--out", str(tmp_path / "out"), "--steps", "0,6", "--correct", str(evaluation))
+    done = invoke(thinking_run, rows, *more)
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["answered"] == 0
+    (task,) = results["tasks"].values()
+    assert {cell["source"] for cell in task["probes"] if "foretells" in cell} == {"vanilla", "step-00000000"}
+    assert "(step 0) was right" in (tmp_path / "out/table.md").read_text()
+    assert CliRunner().invoke(cli, [*asked, "--vanilla", "--restart"]).exit_code == 0
+    other = invoke(thinking_run, rows, *more)
+    assert isinstance(other.exception, RunError)
+    assert "its answers were given without the thinking block" in str(other.exception)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +254,9 @@ def test_the_page_of_a_run_shows_its_probes(thinking_run: Any, rows: Path) -> No
     assert CliRunner().invoke(cli, ["report", str(thinking_run.run.folder)]).exit_code == 0
     text = page.read_text()
     assert "probe/probe/probe" in text
-    assert "mean thinking state" in text
+    assert "<td>mean thinking state</td><td>6</td>" in text
+    assert "<th>labels shuffled (highest)</th>" in text
+    assert "---" not in text.partition("<h2>Probes</h2>")[2].partition("</section>")[0]
 
 
 def test_titles_are_in_the_order_of_the_table() -> None:

@@ -93,6 +93,9 @@ def probe(states: Array, labels: Sequence[str], groups: Sequence[str], settings:
     classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
     probabilities = np.zeros((len(states), len(classes)))
     for train, test in split.split(states, numbers, np.asarray(groups)):
+        if len(alone := np.unique(numbers[train])) == 1:  # nothing to tell apart, as shuffled labels may have it
+            probabilities[np.ix_(test, alone)] = 1.0
+            continue
         fitted = pipeline(scale(), linear.LogisticRegression(C=settings.c, max_iter=2_000))
         fitted.fit(states[train], numbers[train])
         # A class that the other folds lack has no column: it is held impossible.

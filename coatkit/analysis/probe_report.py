@@ -26,11 +26,15 @@ from coatkit.analysis.probe_states import KINDS, LAST, Source, collect, hearable
 from coatkit.errors import RunError
 from coatkit.evaluation.compare import read_finished
 from coatkit.evaluation.evaluate import evaluate
+from coatkit.evaluation.generate import model_digest
 from coatkit.evaluation.items import Item, Task, refuse_bad
+from coatkit.evaluation.predictions import read_record
 from coatkit.files import write_atomic
 from coatkit.run_folder import RunFolder
 
 VANILLA = "vanilla"
+_OTHERWISE = {"without_block": "without the thinking block", "cot": "after a thought in words"}
+_OTHERWISE |= {"shuffled_sounds": "to exchanged sounds"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def run_probes(
         label: Key of the rows to read off the states; the right answer when left out.
         group: Key of the rows whose value must not be on both sides; the sound's file when left out.
         steps: Checkpoints to probe, 0 for before training; all of them, and 0, when left out.
-        correct: An evaluation's folder with answers to the same rows; else the newest of `steps` is asked here.
+        correct: An evaluation's folder with answers of one of `steps` to the same rows; else the newest is asked here.
         skip_bad: Leave bad rows out.
 
     Returns:
@@ -100,7 +104,7 @@ def run_probes(
 
     Raises:
         DataError: If rows are bad, or too few for the folds.
-        RunError: If the run has no such checkpoint, or the evaluation is not of these rows.
+        RunError: If the run has no such checkpoint, or the evaluation is not of these rows and one of these models.
         PluginError: If scikit-learn or matplotlib is not installed.
     """
     plots.figure()  # a library that is missing is told before anything is run
@@ -111,14 +115,18 @@ def run_probes(
     for one in rows:
         check(one.labels, one.groups, settings.folds, one.task.spec.name)
     sources = _sources(run, steps)
-    newest = max(source.step for source in sources)
-    right = _correct(run, tasks, correct, out, newest, batch=batch, skip_bad=skip_bad, device=device, say=say)
+    if correct is None:
+        answered = max(source.step for source in sources)
+        correct = _ask(run, tasks, out, answered, batch=batch, skip_bad=skip_bad, device=device, say=say)
+    else:
+        answered = _answered(run, correct, sources)
+    right = _correct(tasks, correct)
     results: dict[str, Any] = {
         "run": str(run),
         "settings": {"C": settings.c, "folds": settings.folds, "seed": settings.seed, "shuffles": SHUFFLES},
         "label": label or "the right answer",
         "group": group or "the sound's file",
-        "newest": newest,
+        "answered": answered,
         "tasks": {one.task.spec.name: _about(one) for one in rows},
     }
     for source in sources:
@@ -133,7 +141,7 @@ def run_probes(
                 cell |= accuracy(seen, one.groups, settings.seed)
                 cell["shuffled"] = shuffled(states, one.labels, one.groups, settings)
                 # A correctness is of the model that answered: the vanilla model's states only stand beside it.
-                if source.step == newest or source.vanilla:
+                if source.step == answered or source.vanilla:
                     cell["foretells"] = _foretells(seen, right[name], one.groups, settings.seed)
                 results["tasks"][name]["probes"].append(cell)
     _write(out, results)
@@ -164,16 +172,40 @@ def _about(one: Labelled) -> dict[str, Any]:
     }
 
 
-def _correct(
-    run: Path, tasks: Sequence[Task], folder: Path | None, out: Path, newest: int, **options: Any
-) -> dict[str, np.ndarray]:
-    """Whether the run's own answer to each row was right, [N] of 0 and 1 by task."""
-    say = options.pop("say")
-    if folder is None:
-        if newest != _newest(run):
-            raise RunError(f"{run}: answers are of its newest checkpoint; probe that too, or name --correct FOLDER")
-        say("asking the run itself")
-        folder, _ = evaluate(run, "probe", tasks, out=out / "answers", **options)
+def _ask(run: Path, tasks: Sequence[Task], out: Path, step: int, *, say: Callable[[str], None], **options: Any) -> Path:
+    """The folder of the run's own answers; those that are there are used again."""
+    if step != _newest(run):
+        raise RunError(f"{run}: answers are of its newest checkpoint; probe that too, or name --correct FOLDER")
+    say("asking the run itself")
+    # A folder for each step: a run that was trained on is asked anew.
+    folder, _ = evaluate(run, "probe", tasks, out=out / "answers" / Source(step).name, **options)
+    return folder
+
+
+def _answered(run: Path, evaluation: Path, sources: Sequence[Source]) -> int:
+    """The step whose model gave an evaluation's answers.
+
+    Raises:
+        RunError: If none of those that are probed did, or not in the way that is probed.
+    """
+    asked = read_record(evaluation)["identity"]
+    for key, how in _OTHERWISE.items():
+        if asked.get(key) is not None:
+            raise RunError(f"{evaluation}: its answers were given {how}; --correct takes the run's plain ones")
+    folder = RunFolder(run)
+    for source in sources:
+        at = folder.at(source.step) if source.step else None
+        if not source.vanilla and asked.get("model") == model_digest(folder, at):
+            return source.step
+    steps = ", ".join(str(source.step) for source in sources if not source.vanilla)
+    raise RunError(
+        f"{evaluation}: its answers are not of this run at step {steps}; add the step that answered to --steps, or name"
+        " another evaluation"
+    )
+
+
+def _correct(tasks: Sequence[Task], folder: Path) -> dict[str, np.ndarray]:
+    """Whether the answer to each row was right, [N] of 0 and 1 by task."""
     answered = read_finished(folder)
     found = {}
     for task in tasks:
@@ -233,8 +265,8 @@ def table(results: dict[str, Any]) -> list[str]:
     lines += [
         f"Logistic regression on standardised states, C = {settings['C']:g}, {settings['folds']} folds grouped by"
         f" {results['group']}, out of fold; probed for {results['label']}. rho: Spearman's, between the probe's"
-        f" probability and whether the run's own answer (step {results['newest']}) was right; intervals are a bootstrap"
-        " over groups."
+        f" probability and whether the run's own answer (step {results['answered']}) was right; intervals are a"
+        " bootstrap over groups."
     ]
     return lines
 

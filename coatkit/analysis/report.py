@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coatkit.analysis import plots
-from coatkit.analysis.page import Html, page, paragraph, picture, section, table, text
+from coatkit.analysis.page import Html, page, paragraph, picture, section, table
 from coatkit.analysis.report_read import Told, read_run
 from coatkit.errors import RunError
 from coatkit.files import write_atomic
@@ -211,9 +211,25 @@ def _pictures(told: Sequence[Told]) -> list[Html]:
         parts: list[Html] = []
         for run, title, png, words in group:
             parts.append(picture(png, f"{run}: {title}", f"{run}: {title}"))
-            if words:
-                parts.append(Html(f'<div class="wide"><pre>{text(words)}</pre></div>\n'))
+            parts += _markdown(words)
         made.append(section({"probe": "Probes", "latency": "Latency", "view": "Views"}.get(kind, kind), *parts))
+    return made
+
+
+def _markdown(words: str) -> list[Html]:
+    """Tables and paragraphs of a text in Markdown, as coatkit writes it."""
+    made: list[Html] = []
+    for is_table, group in groupby(words.splitlines(), lambda line: line.startswith("|")):
+        lines = [line for line in group if line.strip()]
+        if not is_table:
+            made += [paragraph(line.replace("**", ""), "soft") for line in lines]
+            continue
+        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+        rows = [row for row in rows if not all(set(cell) <= set("-: ") for cell in row)]
+        wide = max(map(len, rows), default=0)
+        rows = [row + [""] * (wide - len(row)) for row in rows]
+        if rows:
+            made.append(table(rows[0], rows[1:]))
     return made
 
 

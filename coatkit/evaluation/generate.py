@@ -19,6 +19,15 @@ Say = Callable[[int, int], None]
 """Called after each batch with rows done and rows in all."""
 
 
+def model_digest(run: RunFolder, checkpoint: Path | None) -> str:
+    """What tells the model of a run's checkpoint, or the one before training where that is None, from all others."""
+    digest = hashlib.sha256(str(run.read_record()["backbone"]["fingerprint"]).encode())
+    # Before training, what learns follows the spec's seed.
+    learnt = run.spec if checkpoint is None else checkpoint / "model.safetensors"
+    digest.update(file_sha256(learnt).encode())
+    return digest.hexdigest()
+
+
 def identity(
     model: AudioThinker,
     run: RunFolder,
@@ -37,13 +46,8 @@ def identity(
         block: Whether the thinking block is there.
         cot: Tokens for a thought in words; None where none is asked for.
     """
-    record = run.read_record()
-    digest = hashlib.sha256(str(record["backbone"]["fingerprint"]).encode())
-    # Before training, what learns follows the spec's seed.
-    learnt = run.spec if model.checkpoint is None else model.checkpoint / "model.safetensors"
-    digest.update(file_sha256(learnt).encode())
     return {
-        "model": digest.hexdigest(),
+        "model": model_digest(run, model.checkpoint),
         "trained": model.checkpoint is not None,
         "device": next(model.backbone.model.parameters()).device.type,
         "batch": batch,

@@ -15,5 +15,8 @@ def register() -> None:
     """Put the thinking models in the place of the stock ones of the same architecture."""
     from vllm import ModelRegistry
 
+    from coatkit_serve_vllm.sounds import refuse_damaged
+
+    refuse_damaged()
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
