@@ -23,6 +23,7 @@ from coatkit.data.steps import load_batch
 from coatkit.errors import PluginError, RunError
 from coatkit.export.write import export
 
+DOCS = Path(__file__).parents[1] / "docs/serving.md"
 BACKBONES = ["mini", "audio-flamingo-3", "qwen2-audio", "qwen2.5-omni"]
 # The first part of tensor names in published folders; a stock class and vLLM read these.
 LAYOUT = {
@@ -91,6 +92,34 @@ def by_hand(folders: list[tuple[Path, Path]]) -> list[str]:
 
 def test_plain_transformers_answers_as_we_do(merged: Path, sounds: list[Path], answers: list[str]) -> None:
     assert by_hand([(merged, sound) for sound in sounds]) == answers
+
+
+def test_the_documentations_code_does_it(merged: Path, run: Any, sounds: list[Path], answers: list[str]) -> None:
+    if run.use not in ("mini", "audio-flamingo-3"):
+        pytest.skip("the documentation shows it for the class of these two; every card shows it for its own")
+    blocks = DOCS.read_text().split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if 'folder, sound = "model"' in block]
+    code = code.replace('folder, sound = "model", "sound.wav"', f"folder, sound = {str(merged)!r}, {str(sounds[1])!r}")
+    code = 'import sys\nsys.modules["coatkit"] = None\n' + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == answers[1]
+
+
+def test_the_documented_length_is_the_number_of_audio_tokens(run: Any) -> None:
+    def window(samples: int) -> int:
+        return ((-(-samples // 160) - 1) // 2 + 1) // 2
+
+    def documented(samples: int) -> int:
+        if run.use in ("mini", "audio-flamingo-3"):
+            return sum(window(min(480_000, samples - at)) for at in range(0, samples, 480_000))
+        return window(samples)
+
+    assert "W(n) = ((ceil(n / 160) - 1) // 2 + 1) // 2" in DOCS.read_text()
+    preparer: Any = coatkit.load(run.run.folder, trained=False, device="cpu").backbone.preparer
+    longest = 480_000 if run.use == "qwen2-audio" else 2_000_000
+    for samples in [*range(1_300, 40_000, 777), *range(470_000, longest, 33_333), longest]:
+        assert documented(samples) == preparer.audio_tokens(samples)
 
 
 def test_the_folder_is_laid_out_as_a_published_one(merged: Path, run: Any) -> None:

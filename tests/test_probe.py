@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 import coatkit
 from coatkit.analysis import probe_report
 from coatkit.analysis.probe import OutOfFold, Settings, accuracy, check, probe, rank_correlation, shuffled
-from coatkit.analysis.probe_states import LAST, THINKING, states_of
+from coatkit.analysis.probe_states import LAST, THINKING, Source, collect, states_of
 from coatkit.cli import cli
 from coatkit.errors import DataError, RunError
 from coatkit.evaluation.items import tasks_of_rows
+from coatkit.evaluation.predictions import read_lines
 
 SETTINGS = Settings(folds=4)
 
@@ -96,6 +97,10 @@ def test_rank_correlation_is_scipys_with_an_interval_around_it() -> None:
     assert found["rho"] == pytest.approx(np.corrcoef(ranks, ties)[0, 1], abs=1e-9)
     assert found["low"] < found["rho"] < found["high"]
     assert rank_correlation(sure, np.ones(200), groups, 0) is None
+    # The same rows ten times over, in one group each, say no more than they do once.
+    many = rank_correlation(np.tile(sure, 10), np.tile(correct, 10), groups * 10, 0)
+    assert many is not None
+    assert many["high"] - many["low"] > 0.7 * (found["high"] - found["low"])
 
 
 def test_intervals_draw_whole_groups() -> None:
@@ -177,6 +182,26 @@ def test_the_command_probes_every_checkpoint(
     assert "step-00000003:" not in again.output
 
 
+def test_states_are_of_the_model_they_are_named_after(thinking_run: Any, rows: Path, tmp_path: Path) -> None:
+    run = thinking_run.run.folder
+    tasks = tasks_of_rows(rows, metric="exact")
+    found = {}
+    for source in (Source(0, vanilla=True), Source(0), Source(3), Source(6)):
+        (found[source.name],) = collect(
+            run, source, tasks, tmp_path, batch=8, device="cpu", say=lambda line: None
+        ).values()
+    for name, model in {
+        "step-00000000": coatkit.load(run, trained=False, device="cpu"),
+        "step-00000003": coatkit.load(run, step=3, device="cpu"),
+        "step-00000006": coatkit.load(run, device="cpu"),
+    }.items():
+        for kind, states in states_of(model, tasks[0].items, 8).items():
+            np.testing.assert_allclose(found[name][kind], states.numpy(), atol=1e-5)
+    assert list(found["vanilla"]) == [LAST]  # no block, and so no thinking positions
+    lasts = [states[LAST] for states in found.values()]
+    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(lasts) for b in lasts[:i])
+
+
 def test_other_rows_are_collected_anew_and_damaged_states_too(thinking_run: Any, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke(thinking_run, rows, "--out", str(out), "--steps", "6").exit_code == 0
@@ -186,8 +211,16 @@ def test_other_rows_are_collected_anew_and_damaged_states_too(thinking_run: Any,
     assert invoke(thinking_run, rows, "--out", str(out), "--steps", "6").exit_code == 0
     for name, tensor in load_file(file).items():
         torch.testing.assert_close(tensor, whole[name])
-    fewer = invoke(thinking_run, rows, "--out", str(out), "--steps", "6", "--limit", "8", "--label", "speaker")
-    assert "class 's4' is in 1 group(s)" in str(fewer.exception) or "class 's" in str(fewer.exception)
+    answers = read_lines(next((out / "answers").glob("*/predictions.jsonl")))
+    assert len(answers) == 12
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
+    evaluation = str(tmp_path / "eval")
+    asked = ["eval", str(thinking_run.run.folder), "--data", str(fewer), "--metric", "exact", "--out", evaluation]
+    assert CliRunner().invoke(cli, asked).exit_code == 0
+    done = invoke(thinking_run, fewer, "--out", str(out), "--steps", "6", "--correct", evaluation)
+    assert done.exit_code == 0, done.output
+    assert {tensor.shape[0] for tensor in load_file(file).values()} == {8}
 
 
 def test_an_evaluation_that_is_there_is_taken(thinking_run: Any, rows: Path, tmp_path: Path) -> None:
@@ -196,12 +229,16 @@ def test_an_evaluation_that_is_there_is_taken(thinking_run: Any, rows: Path, tmp
         cli, ["eval", str(run), "--data", str(rows), "--metric", "exact", "--out", str(tmp_path / "eval")]
     )
     assert said.exit_code == 0, said.output
+    answers = tmp_path / "eval/predictions.jsonl"
+    scored = [{**line, "score": 100.0 if i < 9 else 0.0} for i, line in enumerate(read_lines(answers))]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in scored))
     more = ("--out", str(tmp_path / "out"), "--steps", "3,6", "--label", "mood", "--correct", str(tmp_path / "eval"))
     done = invoke(thinking_run, rows, *more)
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "out/answers").exists()
     (task,) = json.loads((tmp_path / "out/results.json").read_text())["tasks"].values()
     assert task["classes"] == {"glad": 6, "sad": 6}
+    assert [cell["foretells"]["answers_right"] for cell in task["probes"] if "foretells" in cell] == [75, 75, 75]
     # Answers of a model that is not probed foretell nothing.
     alone = invoke(thinking_run, rows, *("3" if word == "3,6" else word for word in more))
     assert isinstance(alone.exception, RunError)
