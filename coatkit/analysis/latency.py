@@ -266,7 +266,9 @@ def draw(cells: Sequence[Mapping[str, Any]]) -> Any:
     axis.set_xlabel("sound")
     axis.set_ylabel("seconds")
     axis.set_title("to the first token (solid), and decoding (pale)", fontsize=9)
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=len(arms)
+    )
     return figure
 
 
