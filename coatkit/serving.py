@@ -47,6 +47,43 @@ def ask_server(
         RunError: If the server cannot be reached or refuses; says what it said.
         PluginError: If openai is not installed.
     """
+    extra = {} if audio_think_len is None else {"chat_template_kwargs": {"audio_think_len": audio_think_len}}
+    reply = _asked(url, audio, question, model, max_new_tokens, timeout, extra)
+    try:
+        return (reply.choices[0].message.content or "").strip()
+    except (IndexError, AttributeError, TypeError) as error:
+        raise RunError(f"{api_of(url)}: does not answer as OpenAI's API does: {error}") from None
+
+
+def ask_ids(url: str, audio: Path | AudioRef | None, question: str) -> list[int]:
+    """The ids of the prompt that a vLLM server makes of a question, its sounds and block expanded.
+
+    Raises:
+        RunError: As `ask_server`, or if the server does not tell.
+    """
+    reply = _asked(url, audio, question, None, 1, 300.0, {"return_token_ids": True})
+    ids = getattr(reply, "prompt_token_ids", None)
+    if not isinstance(ids, list):
+        raise RunError(f"{api_of(url)}: does not tell the prompt's ids; vLLM's server does")
+    return ids
+
+
+def api_of(url: str) -> str:
+    """A server's address with `/v1`."""
+    base = url.rstrip("/")
+    return base if base.endswith("/v1") else f"{base}/v1"
+
+
+def _asked(
+    url: str,
+    audio: Path | AudioRef | None,
+    question: str,
+    model: str | None,
+    max_new_tokens: int,
+    timeout: float,
+    extra: dict[str, Any],
+) -> Any:
+    """A server's reply, as openai gives it; errors as `ask_server`."""
     if not question.strip():
         raise DataError("the question is empty")
     parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
@@ -54,23 +91,19 @@ def ask_server(
         ref = audio if isinstance(audio, AudioRef) else AudioRef(audio)
         data = base64.b64encode(wav(ref)).decode()
         parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
-    openai = library("openai", extra="serve")
-    base = url.rstrip("/")
-    base = base if base.endswith("/v1") else f"{base}/v1"
-    extra = {} if audio_think_len is None else {"chat_template_kwargs": {"audio_think_len": audio_think_len}}
+    openai, base = library("openai", extra="serve"), api_of(url)
     # A server of one's own wants no key; openai will not start without one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     try:
         with openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=1) as client:
             name = model or next(iter(client.models.list().data)).id
-            reply = client.chat.completions.create(
+            return client.chat.completions.create(
                 model=name,
                 messages=[{"role": "user", "content": parts}],
                 max_tokens=max_new_tokens,
                 temperature=0,
                 extra_body=extra,
             )
-            return (reply.choices[0].message.content or "").strip()
     except openai.APIStatusError as error:
         raise RunError(f"{base}: refused ({error.status_code}): {_said(error)}") from None
     except openai.APITimeoutError:

@@ -37,12 +37,13 @@ streaming
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite evaluation.rubric
 evaluation.metrics evaluation.cot evaluation.judge_client analysis.plots analysis.page analysis.agreement
 evaluation.bootstrap evaluation.items analysis.latency analysis.report_read analysis.hear analysis.view_plots
+serving
 evaluation.predictions evaluation.results evaluation.judge analysis.latency_local analysis.report analysis.view
-evaluation.generate evaluation.compare
+evaluation.generate evaluation.compare analysis.latency_server
 evaluation.evaluate analysis.probe analysis.probe_states analysis.ablate_study analysis.ablate_table demo.guard
 analysis.ablate_arms analysis.ablate_job analysis.probe_report demo.asking
 analysis.ablate_processes analysis.ablate_runs demo.page
-analysis.ablate demo.server export.card export.hub serving
+analysis.ablate demo.server export.card export.hub
 export.write
 testing.suite testing.guard testing.sounds testing.checkpoints
 testing.bench testing.fresh

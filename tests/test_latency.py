@@ -348,11 +348,11 @@ def test_sounds_are_made_where_rows_are_missing(models: dict[str, AudioThinker],
 
 def test_repeats_draw_their_own_rows(models: dict[str, AudioThinker], rows: JsonlRows) -> None:
     pool = gather(models, rows, per=3, repeats=3)
-    plans = [[one.row.id for _, one in local._plan(pool, 3, seed)] for seed in (0, 1, 0)]
+    plans = [[one.row.id for _, one in local.plan_of(pool, 3, seed)] for seed in (0, 1, 0)]
     assert plans[0] == plans[2]
     assert set(plans[0]) != set(plans[1])
     assert len(plans[0]) == len(set(plans[0])) == 6
-    every = [{one.row.id for _, one in local._plan(pool, 99, seed)} for seed in (0, 1)]
+    every = [{one.row.id for _, one in local.plan_of(pool, 99, seed)} for seed in (0, 1)]
     assert every[0] == every[1]
 
 
@@ -410,7 +410,7 @@ def test_the_plot_shows_the_table() -> None:
     figure = latency.draw(aggregate(requests))
     bars = [(round(p.get_y(), 6), round(p.get_height(), 6)) for p in figure.axes[0].patches]
     assert bars == [(0, 1.5), (1.5, 2.0), (0, 2.5), (2.5, 4.0), (0, 3.5), (3.5, 6.0)]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["vanilla", "CoAT"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vanilla", "CoAT"]
     assert plots.png(figure) == plots.png(latency.draw(aggregate(requests)))
 
 

@@ -213,7 +213,7 @@ def test_other_rows_are_collected_anew_and_damaged_states_too(thinking_run: Any,
         torch.testing.assert_close(tensor, whole[name])
     answers = read_lines(next((out / "answers").glob("*/predictions.jsonl")))
     assert len(answers) == 12
-    fewer = tmp_path / "fewer.jsonl"
+    fewer = rows.with_name("fewer.jsonl")
     fewer.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
     evaluation = str(tmp_path / "eval")
     asked = ["eval", str(thinking_run.run.folder), "--data", str(fewer), "--metric", "exact", "--out", evaluation]

@@ -257,7 +257,7 @@ def measure(
             for _ in range(warmup if there else 0):
                 longest = max(there, key=lambda one: one.seconds)
                 ask(model, arm, longest, Limits(_WARM_TOKENS, 0))
-    plans = [_plan(pool, per, repeat) for repeat in range(repeats)]
+    plans = [plan_of(pool, per, repeat) for repeat in range(repeats)]
     done, total = 0, len(models) * sum(map(len, plans))
     say(done, total)
     arms = list(models)
@@ -271,7 +271,7 @@ def measure(
                 say(done, total)
 
 
-def _plan(pool: Pool, per: int, seed: int) -> list[tuple[str, Candidate]]:
+def plan_of(pool: Pool, per: int, seed: int) -> list[tuple[str, Candidate]]:
     """What is asked in one repeat, in its order."""
     drawn = []
     for span, there in pool.rows.items():

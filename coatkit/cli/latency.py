@@ -26,6 +26,8 @@ _LINE_EVERY = 15.0
 @click.option("--exactly", is_flag=True, help="Decode as many tokens as that, whatever is said.")
 @click.option("--fill", is_flag=True, help="Make sounds of the rows' sounds for ranges that lack rows.")
 @click.option("--keep-adapters", is_flag=True, help="Leave adapters beside the weights, in all arms.")
+@click.option("--server", "servers", multiple=True, metavar="[ARM=]URL", help="Of a vLLM to measure; for coat, or ARM.")
+@click.option("--bench", default="vllm bench serve", show_default=True, help="With --server: vLLM's benchmark.")
 @click.option("--records", type=click.Path(path_type=Path), help="Measure nothing: report on this records.jsonl.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; else RUN/latency.")
 @click.option("--restart", is_flag=True, help="Throw away the records that are there.")
@@ -44,6 +46,8 @@ def command(
     exactly: bool,
     fill: bool,
     keep_adapters: bool,
+    servers: tuple[str, ...],
+    bench: str,
     records: Path | None,
     out: Path | None,
     restart: bool,
@@ -61,6 +65,7 @@ def command(
       coatkit latency RUN
       coatkit latency RUN --data test.jsonl --ranges 0-5,5-10,10-30 --rows 20 --repeats 5
       coatkit latency RUN --exactly --max-new-tokens 32 --arms vanilla,coat
+      coatkit latency RUN --server http://localhost:8000 --server vanilla=http://localhost:8001
       coatkit latency RUN --records records.jsonl --out report
     """
     import json
@@ -80,8 +85,10 @@ def command(
         raise RunError(
             f"{folder}: holds records already; write elsewhere with --out FOLDER, or throw them away with --restart"
         )
+    about: dict[str, Any]
     if records is not None:
-        requests, about = read_requests(records), {"run": str(run), "source": str(records), "notes": []}
+        requests = read_requests(records)
+        about = {"run": str(run), "source": str(records), "notes": []}
     else:
         from coatkit.evaluation.text import library
 
@@ -89,10 +96,23 @@ def command(
         opened = _opened(run, data)
         from coatkit.analysis import latency_local as local
 
+        limits = local.Limits(max_new_tokens, max_thought_tokens, exactly)
+    if records is None and servers:
+        import shlex
+
+        from coatkit.analysis import latency_server as remote
+
+        at = {arm: remote.Server.at(url) for arm, url in _addresses(servers).items()}
+        pool = local.gather(opened, spans, remote.anything(), per=rows, repeats=repeats, fill=fill)
+        counts: Any = {"per": rows, "repeats": repeats, "warmup": warmup}
+        asked = remote.measure(at, pool, limits, command=shlex.split(bench), say=_Progress(), **counts)
+        requests = record(folder / "records.jsonl", asked)
+        about = {"run": str(run), "source": f"{bench}, one request at a time", "notes": pool.notes}
+        about |= {"servers": {arm: server.url for arm, server in at.items()}}
+    elif records is None:
         models = local.load_arms(run, chosen, device=device, merged=not keep_adapters)
         preparer = models[chosen[0]].backbone.preparer
         pool = local.gather(opened, spans, preparer, per=rows, repeats=repeats, fill=fill)
-        limits = local.Limits(max_new_tokens, max_thought_tokens, exactly)
         made = local.measure(models, pool, limits, per=rows, repeats=repeats, warmup=warmup, say=_Progress())
         requests = record(folder / "records.jsonl", made)
         about = local.about(run, models, limits, pool, repeats=repeats, warmup=warmup, merged=not keep_adapters)
@@ -103,6 +123,24 @@ def command(
         click.echo("\n".join([*table(results["cells"]), *results["notes"]]))
     files = "results.json, latency.md, latency.png" + (", records.jsonl" if records is None else "")
     click.echo(f"{folder}: {files}", err=as_json)
+
+
+def _addresses(servers: tuple[str, ...]) -> dict[str, str]:
+    """Addresses by arm.
+
+    Raises:
+        SpecError: If two are of one arm.
+    """
+    from coatkit.errors import SpecError
+
+    found: dict[str, str] = {}
+    for word in servers:
+        arm, equals, url = word.partition("=")
+        arm, url = (arm, url) if equals and "/" not in arm else ("coat", word)
+        if arm in found:
+            raise SpecError([f"--server: {arm} is named twice; write ARM=URL for each"])
+        found[arm] = url
+    return found
 
 
 def _opened(run: Path, data: Path | None) -> Any:

@@ -20,7 +20,10 @@ from typing import Any
 import pytest
 import soundfile
 
+if "COATKIT_VLLM_WORK" not in os.environ:
+    pytest.skip("vLLM has an environment of its own: make test-vllm", allow_module_level=True)
 WORK = Path(os.environ["COATKIT_VLLM_WORK"])
+VLLM = str(Path(sys.executable).with_name("vllm"))
 COATKIT = os.environ["COATKIT_VLLM_COMMAND"]
 """The command `coatkit`, of the environment that coatkit is installed in."""
 
@@ -38,11 +41,10 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        # What `vllm serve` starts; that command itself looks for a package named vllm, which the CPU build is not.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder / "model")]
-        command += ["--port"]
+        command = [VLLM, "serve", str(self.folder / "model"), "--port"]
         command += [self.url.rpartition(":")[2], "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "4096"]
         command += ["--enforce-eager", "--max-num-seqs", "4", "--served-model-name", "tiny"]
+        command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
         self.log = (WORK / f"server-{use}.log").open("w")
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
@@ -166,6 +168,31 @@ def test_coatkit_ask(server: Server) -> None:
     assert "refused (400)" in long.stderr
     assert "audio_think_len is 5" in long.stderr
     assert "Traceback" not in long.stderr
+
+
+def test_latency_by_vllms_own_benchmark(server: Server, tmp_path: Path) -> None:
+    bench = f"env PYTHONPATH={os.environ['PYTHONPATH']} {VLLM} bench serve"
+    command = [COATKIT, "latency", str(server.folder / "run"), "--data", str(server.folder / "train.jsonl")]
+    command += ["--ranges", "0-2,2-10", "--rows", "2", "--repeats", "1", "--max-new-tokens", "8", "--exactly"]
+    command += ["--server", server.url, "--bench", bench, "--out", str(tmp_path / "out")]
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/records.jsonl").read_text().splitlines()]
+    assert {line["range"] for line in lines} == {"0-2", "2-10"}
+    for line in lines:
+        case = server.cases[f"{line['sound_s']:g} s"]
+        assert line["prompt_tokens"] == len(case["prompt"])
+        assert line["forced_prefix"] == case["blocks"][0] + 2
+        assert line["decoded_tokens"] == 8
+        assert line["ttft_s"] > 0
+        assert line["decode_s"] > 0
+    assert "CoAT" in (tmp_path / "out/latency.md").read_text()
+    wrong = subprocess.run(
+        [*command[:-1], str(tmp_path / "two"), "--bench", "no-such-thing"], capture_output=True, text=True, env=clean
+    )
+    assert wrong.returncode == 3
+    assert "no-such-thing: cannot be started" in wrong.stderr
 
 
 def test_a_stock_server_gives_the_same_when_the_client_gives_the_length() -> None:
