@@ -23,7 +23,6 @@ import soundfile
 if "COATKIT_VLLM_WORK" not in os.environ:
     pytest.skip("vLLM has an environment of its own: make test-vllm", allow_module_level=True)
 WORK = Path(os.environ["COATKIT_VLLM_WORK"])
-VLLM = str(Path(sys.executable).with_name("vllm"))
 COATKIT = os.environ["COATKIT_VLLM_COMMAND"]
 """The command `coatkit`, of the environment that coatkit is installed in."""
 
@@ -41,7 +40,9 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        command = [VLLM, "serve", str(self.folder / "model"), "--port"]
+        # What `vllm serve` starts; that command looks for a package named vllm, which the build for CPUs is not.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder / "model")]
+        command += ["--port"]
         command += [self.url.rpartition(":")[2], "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "4096"]
         command += ["--enforce-eager", "--max-num-seqs", "4", "--served-model-name", "tiny"]
         command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
@@ -171,7 +172,8 @@ def test_coatkit_ask(server: Server) -> None:
 
 
 def test_latency_by_vllms_own_benchmark(server: Server, tmp_path: Path) -> None:
-    bench = f"env PYTHONPATH={os.environ['PYTHONPATH']} {VLLM} bench serve"
+    place = Path(__file__).parent
+    bench = f"env PYTHONPATH={place / 'site'} {sys.executable} {place / 'bench.py'}"
     command = [COATKIT, "latency", str(server.folder / "run"), "--data", str(server.folder / "train.jsonl")]
     command += ["--ranges", "0-2,2-10", "--rows", "2", "--repeats", "1", "--max-new-tokens", "8", "--exactly"]
     command += ["--server", server.url, "--bench", bench, "--out", str(tmp_path / "out")]
