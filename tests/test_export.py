@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,6 +166,7 @@ def test_nothing_of_this_machine_is_in_it(merged: Path, run: Any) -> None:
     for file in merged.rglob("*"):
         if file.suffix in {".json", ".md", ".jinja"}:
             assert str(run.folder) not in file.read_text(), file.name
+            assert os.environ["COATKIT_CACHE"] not in file.read_text(), file.name
     card = (merged / "README.md").read_text()
     assert "**Random weights in backbone" in card
     assert "train.jsonl" in card

@@ -80,7 +80,8 @@ def card(model: AudioThinker, facts: dict[str, Any]) -> str:
         metadata=_metadata(facts, record),
         name=facts["name"] or "A coatkit run",
         warning=warning,
-        what=f"{kind} for `{facts['base_model']}`, an audio language model, after {facts['step']} steps.",
+        what=f"{kind}, after {facts['step']} steps of coatkit's backbone `{facts['backbone']}`"
+        f" (`{without_paths(facts['base_model'])}`).",
         rate=rate if block else "nothing: this run was trained without the block",
         start=block["start"] if block else "",
         think=block["think"] if block else "",

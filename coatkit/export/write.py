@@ -97,6 +97,8 @@ def describe(model: AudioThinker, *, merged: bool) -> dict[str, Any]:
     spec, record = model.run.read_spec(), model.run.read_record()
     backbone, thinking = model.backbone, model.backbone.thinking
     base, revision = backbone.base_model()
+    if merged:  # who has the whole model needs no base; an adapter must say where its own is
+        base = without_paths(base)
     block = None
     if thinking is not None:
         block = {
