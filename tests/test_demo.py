@@ -146,7 +146,7 @@ def test_an_expert_that_cannot_run_is_noted_without_a_reason(thinking_run: Any, 
     [
         ("  ", (), "no question yet"),
         ("x" * 61, (), "61 characters; 60 are taken"),
-        ("<audio><audio>What?", (), "2 <audio> tags for 1 sound"),
+        ("<audio><audio>What?", (), "holds <audio> more than once"),
         (QUESTION, ("../other",), r"cannot be asked so: \.\./other"),
     ],
 )
@@ -295,6 +295,7 @@ def test_it_listens_where_it_is_told_and_says_where(tmp_path: Path) -> None:
         assert server.address_of(bound, "0.0.0.0") == f"http://127.0.0.1:{port}/"
         assert server.hosts_of(bound, "localhost") == {f"{n}:{port}" for n in ("127.0.0.1", "localhost", "[::1]")}
         assert server.hosts_of(bound, "0.0.0.0") is None
+        assert server.hosts_of(bound, "127.0.0.2") == {f"127.0.0.2:{port}"}
         with pytest.raises(RunError, match=rf"127\.0\.0\.1:{port}: .*--port"):
             server.listen("127.0.0.1", port)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from coatkit import checkpoint
 from coatkit.analysis import view_plots
 from coatkit.data import audio as sound
-from coatkit.data.rows import AudioRef, Row
+from coatkit.data.rows import AUDIO_TAG, AudioRef, Row
 from coatkit.errors import CoatkitError, DataError, RunError
 from coatkit.infer import AudioThinker, asked, load
 from coatkit.model import CoatModel
@@ -180,6 +180,8 @@ class Asker:
             raise DataError(f"This run cannot be asked so: {', '.join(unknown)}.")
         if not question.strip():
             raise DataError("There is no question yet: type one.")
+        if question.count(AUDIO_TAG) > 1 or any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise DataError(f"The question holds {AUDIO_TAG} more than once, or half a character; leave it out.")
         if len(question) > self.limits.characters:
             raise DataError(f"The question has {len(question):,} characters; {self.limits.characters:,} are taken.")
         samples, rate = self._read(path)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +34,8 @@ _AROUND = 64_000
 """Bytes of a request's body beside the file in it."""
 _UPLOADS_KEPT = 40
 """Files of the largest size that are kept at once; older ones are deleted after a while."""
+_FORGOTTEN = 1_800.0
+"""Seconds after which a file is deleted, whoever left it: gradio does not know of uploads that were cut off."""
 
 HEADERS = {
     # gradio's page holds scripts of its own; nothing that people say is ever put into its markup.
@@ -100,6 +104,8 @@ class Guard:
         limit = _AROUND + (self.max_bytes if path == UPLOAD else 0)
         if int(length) > limit:
             return 413, f"The file is too large; {self.max_bytes / 1e6:g} MB are taken."
+        if path == UPLOAD:
+            _forget(self._uploads)
         if path == UPLOAD and _size(self._uploads) > _UPLOADS_KEPT * self.max_bytes:
             return 507, "Too many uploads are here at the moment; try again later."
         return None
@@ -134,6 +140,16 @@ def _paths(value: Any) -> Iterator[Any]:
             todo += one.values()
         elif isinstance(one, list):
             todo += one
+
+
+def _forget(folder: str) -> None:
+    """Delete files that nobody has touched for a while."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gradio may be quicker
+                path = os.path.join(place, name)
+                if time.time() - os.stat(path).st_mtime > _FORGOTTEN:
+                    os.unlink(path)
 
 
 def _size(folder: str) -> int:

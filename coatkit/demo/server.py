@@ -40,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise _taken(host, port, error) from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -52,10 +52,9 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _taken(host: str, port: int, error: OSError) -> RunError:
-    return RunError(
-        f"{host}:{port}: cannot be listened on ({error.strerror or error}); name another with --port or --host"
-    )
+def _taken(host: str, port: int, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or error
+    return RunError(f"{host}:{port}: cannot be listened on ({reason}); name another with --port or --host")
 
 
 def address_of(bound: socket.socket, host: str) -> str:
@@ -65,11 +64,11 @@ def address_of(bound: socket.socket, host: str) -> str:
 
 
 def hosts_of(bound: socket.socket, host: str) -> frozenset[str] | None:
-    """Names that the page may be asked for by; any where it is open to others."""
-    if host not in LOCAL:
+    """Names that the page may be asked for by; any where it is open on all of a machine's addresses."""
+    if host in ("0.0.0.0", "::", ""):
         return None
     port = bound.getsockname()[1]
-    names = ("127.0.0.1", "localhost", "[::1]")
+    names = ("127.0.0.1", "localhost", "[::1]") if host in LOCAL else (f"[{host}]" if ":" in host else host.lower(),)
     return frozenset([*(f"{name}:{port}" for name in names), *(names if port == 80 else ())])
 
 
@@ -137,13 +136,15 @@ def serve(asker: Asker, bound: socket.socket, host: str, say: Callable[[str], No
 
 @contextmanager
 def _ended_by_term() -> Iterator[None]:
-    """SIGTERM ends the process as Ctrl-C does, so that uploads are deleted; the server hands the signal on to us."""
+    """SIGTERM, and closing the terminal, end the process as Ctrl-C does, so that uploads are deleted."""
 
     def end(number: int, frame: Any) -> None:
         sys.exit(0)
 
-    before = signal.signal(signal.SIGTERM, end)
+    ending = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.signal(number, end) for number in ending}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -81,7 +81,7 @@ def require_judges(tasks: Sequence[Task], folder: Path) -> None:
     """
     for task in judged(tasks):
         spec = _judge_of(task)
-        if not (folder / FILE).exists():
+        if not (folder / FILE).exists() or not (folder / "results.json").exists():
             require_judge(spec)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from coatkit.errors import CoatkitError
 from coatkit.evaluation.rubric import read_rating, rubric_digest
-from coatkit.evaluation.suite import JudgeSpec, is_this_machine
+from coatkit.evaluation.suite import OPENAI, JudgeSpec, is_this_machine
 from coatkit.evaluation.text import library
 
 _SHOWN = 200
@@ -93,7 +93,17 @@ class JudgeClient:
             timeout=spec.timeout,
             max_retries=spec.max_retries,
             http_client=http,
+            **self._own(),
         )
+
+    def _own(self) -> dict[str, Any]:
+        """What the library takes from the environment for its own service is for no other."""
+        if self.spec.base_url == OPENAI:
+            return {}
+        names = ("OpenAI-Organization", "OpenAI-Project")
+        custom = [line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+        left_out = {name: self._openai.Omit() for name in (*names, *filter(None, custom))}
+        return {"organization": "", "project": "", "default_headers": left_out}
 
     def close(self) -> None:
         self._client.close()
@@ -157,7 +167,12 @@ class JudgeClient:
         found = Judgement(reply=self._hidden(reply or ""), served=self._hidden(served))
         # Whatever stands there may go on: 4 may be the start of 4.5.
         limit = f"max_tokens {self.spec.max_tokens}" if self.spec.max_tokens else "the server's limit"
-        read = f"the reply was cut off at {limit}" if ended == "length" else read_rating(found.reply)
+        if ended == "length":
+            read: int | str = f"the reply was cut off at {limit}"
+        elif ended not in (None, "stop", "eos", "end_turn"):
+            read = f"the reply was cut off: {str(ended)[:40]}"
+        else:
+            read = read_rating(found.reply)
         if isinstance(read, int):
             return Judgement(read, reply=found.reply, served=found.served)
         return Judgement(reason=read, reply=found.reply, served=found.served)

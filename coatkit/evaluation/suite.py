@@ -84,6 +84,9 @@ class JudgeSpec(Strict):
             )
         if isinstance(name := data.get("key_env"), str) and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError("key_env: must be the name of an environment variable, not the key itself")
+        if isinstance(name, str) and not name.upper().endswith("API_KEY"):
+            # A suite from somebody else must not send any secret of the environment to any address.
+            raise ValueError(f"key_env: {name} does not end in API_KEY; put the judge's key into a variable that does")
         if isinstance(url := data.get("base_url"), str):
             parts = _split(url)
             if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:

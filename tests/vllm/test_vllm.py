@@ -123,6 +123,26 @@ def test_what_is_wrong_is_refused_and_the_engine_lives(served: Served) -> None:
     assert list(out.outputs[0].token_ids) == case["answer"]
 
 
+def test_a_start_on_a_gpu_finds_what_to_measure_memory_with(served: Served) -> None:
+    """What vLLM's worker for GPUs runs before it serves, with no limits given; its worker for CPUs does not."""
+    config = served.llm.llm_engine.vllm_config
+    budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
+    assert budget.get_modality_with_max_tokens() == "audio"
+    made = budget.processor.get_dummy_mm_inputs({"audio": 1})
+    ids, block = made["prompt_token_ids"], "<|audio_think|>"
+    (place,) = made["mm_placeholders"]["audio"]
+    assert ids.count(served.tokenizer.get_vocab()[block]) == place.get_num_embeds()
+
+
+def test_an_image_is_refused(served: Served) -> None:
+    if served.use != "qwen2.5-omni":
+        pytest.skip("only Qwen2.5-Omni could see one")
+    image = Image.new("RGB", (64, 64))
+    request = {"prompt": "<|vision_bos|><|IMAGE|><|vision_eos|>", "multi_modal_data": {"image": image}}
+    with pytest.raises(ValueError, match="image"):
+        served.ask([request])
+
+
 def test_thinking_tokens_are_never_generated(served: Served) -> None:
     ids = served.tokenizer.get_vocab()
     never = [ids[token] for token in ("<|audio_think_start|>", "<|audio_think|>", "<|audio_think_end|>")]

@@ -114,6 +114,19 @@ def test_an_answer_that_is_no_option_is_refused() -> None:
     assert "none of its choices" in cannot_score("choice", Answer("", tuple(references), tuple(choices)))
 
 
+def test_what_is_no_letter_is_no_option_and_initials_are_names() -> None:
+    assert readings.mmar({"choices": ["Cat", "Dog", "Owl", "Fox"], "answer": "Dog"})[0] == ["Dog"]
+    composers = ["J. S. Bach", "L. van Beethoven", "F. Chopin"]
+    assert readings.mmar({"choices": composers, "answer": "(b)"}) == (["L. van Beethoven"], composers)
+
+
+def test_what_is_missing_is_not_the_text_none() -> None:
+    assert readings.answer({"answer": None}) == ([None], [])
+    assert readings.text({"text": None, "transcript": "hello"}) == (["hello"], [])
+    options = {f"choice_{letter}": value for letter, value in zip("abcd", ("x", "y", None, None), strict=True)}
+    assert readings.mmsu({**options, "answer": "A"})[1] == ["x", "y", None, None]
+
+
 @pytest.mark.parametrize(
     ("reading", "doc", "said"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coatkit_serve_vllm import MODELS
+from coatkit_serve_vllm import block as block_module
 from coatkit_serve_vllm.block import Block, Sound, expand
 
 BLOCK = Block(start=900, think=901, end=902, per_audio_token=1.0, never=(900, 901, 902, 500))
@@ -101,4 +102,4 @@ def test_the_entry_imports_neither_vllm_nor_torch() -> None:
 def test_what_export_writes_is_what_is_read() -> None:
     from coatkit.export.write import FORMAT
 
-    assert FORMAT == 1
+    assert FORMAT == block_module.FORMAT

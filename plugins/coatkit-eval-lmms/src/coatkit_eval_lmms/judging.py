@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from coatkit import CoatkitError, Message, PluginError, Row
 from coatkit.evaluation.items import Item, Task
-from coatkit.evaluation.judge import judge_answers, require_judges
+from coatkit.evaluation.judge import judge_answers
+from coatkit.evaluation.judge_client import require_judge
 from coatkit.evaluation.suite import JudgeSpec, TaskSpec, read_judge, read_options
 
 DATA, JUDGE = "COATKIT_LMMS_DATA", "COATKIT_LMMS_JUDGE"
@@ -42,7 +45,7 @@ def judge_of(task: str) -> JudgeSpec:
         spec = read_judge(read_options(text.split()))
     except CoatkitError as error:
         raise PluginError(f"{JUDGE}: {str(error).replace('--judge: ', '').replace('--judge ', '')}") from None
-    require_judges([_task(task, [], spec)], data_folder())
+    require_judge(spec)  # ratings of other runs and tasks are no reason to find out hours later
     return spec
 
 
@@ -66,7 +69,9 @@ def rate(entries: Sequence[Mapping[str, Any]], task: str) -> list[int | None]:
             items.append(Item(task, i, row, (), tuple(one["references"]), ()))
         lines = {item.key: {"answer": one["said"]} for item, one in zip(items, entries, strict=True)}
         try:
-            found = judge_answers([_task(task, items, judge_of(task))], lines, data_folder())
+            judged = [_task(task, items, judge_of(task))]
+            with FileLock(data_folder() / ".judge.lock"):  # other jobs rate into the same file
+                found = judge_answers(judged, lines, data_folder())
         except (CoatkitError, OSError) as error:
             # Whatever else was evaluated would be lost with it: lmms-eval writes all results at the end.
             logging.getLogger(__name__).error("%s: no ratings: %s", task, error)

@@ -15,20 +15,23 @@ Read = tuple[list[str], list[str]]
 """Right answers, and options."""
 
 VOCAL_SOUNDS = ("Laughter", "Sniff", "Throat clearing", "Cough", "Sigh", "Sneeze")
-_LETTERED = re.compile(r"^\s*[(\[]?[A-Z][)\].:]\s*")
+_LETTERED = re.compile(r"^\s*[(\[]?([A-Z])[)\].:]\s*")
+_LETTER = re.compile(r"\s*[(\[]?([A-Za-z])[)\].:]?\s*")
 _SPLIT = re.compile(r"(?:^|\s)\(([A-Z])\)\s*")
 
 
 def _unlettered(options: Sequence[str]) -> list[str]:
-    """Options without the letters in front of them, when all have one."""
-    if all(_LETTERED.match(option) for option in options):
+    """Options without the letters in front of them, when these are A, B, C and so on; names have initials too."""
+    letters = [found[1] if (found := _LETTERED.match(option)) else "" for option in options]
+    if letters == list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]):
         return [_LETTERED.sub("", option, count=1).strip() for option in options]
     return [option.strip() for option in options]
 
 
 def _by_letter(letter: str, options: Sequence[str]) -> str:
-    """The option of a letter; the letter itself when there is none, which `cannot_score` then refuses."""
-    place = ord(letter.strip()[:1].upper() or "?") - ord("A")
+    """The option of a letter; the text itself when it is no letter of one, which `cannot_score` refuses if it must."""
+    found = _LETTER.fullmatch(letter)
+    place = ord(found[1].upper()) - ord("A") if found else -1
     return options[place] if 0 <= place < len(options) else letter
 
 
@@ -45,14 +48,14 @@ def mmar(doc: Doc) -> Read:
 
 def mmsu(doc: Doc) -> Read:
     """MMSU: four options in fields of their own, the answer as a letter."""
-    options = [str(doc[f"choice_{letter}"]) for letter in "abcd"]
+    options = [doc[f"choice_{letter}"] for letter in "abcd"]
     return [_by_letter(str(doc["answer"]), options)], options
 
 
 def air_bench(doc: Doc) -> Read:
     """AIR-Bench Foundation: two to four options in fields of their own, the answer as one of them."""
     options = [str(text) for letter in "abcd" if (text := doc.get(f"choice_{letter}")) and str(text).strip()]
-    return [str(doc["answer_gt"])], options
+    return [doc["answer_gt"]], options
 
 
 def muchomusic(doc: Doc) -> Read:
@@ -74,7 +77,7 @@ def vocalsound(doc: Doc) -> Read:
 
 def answer(doc: Doc) -> Read:
     """ClothoAQA, WavCaps and Alpaca-Audio: the right answer in `answer`."""
-    return [str(doc["answer"])], []
+    return [doc["answer"]], []
 
 
 def gt(doc: Doc) -> Read:
@@ -89,7 +92,7 @@ def sentence(doc: Doc) -> Read:
 
 def text(doc: Doc) -> Read:
     """SPGISpeech in the Open ASR collection: the transcript in `text`, or in the fields upstream falls back to."""
-    return [next(str(doc[key]) for key in ("text", "transcript", "gt") if key in doc)], []
+    return [next(doc[key] for key in ("text", "transcript", "gt") if doc.get(key) is not None)], []
 
 
 def normalized_text(doc: Doc) -> Read:

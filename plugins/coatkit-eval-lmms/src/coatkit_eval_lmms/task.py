@@ -212,6 +212,8 @@ class Overlay(_Task):
         """Why a document cannot be scored; empty when it can. What is right goes into the digest."""
         try:
             references, choices = self.reading(doc)
+            if missing := [one for one in (*references, *choices) if not isinstance(one, str)]:
+                return f"document {index}: its right answer or an option is {missing[0]!r}, not a text"
             digest.update(json.dumps([references, choices]).encode())
             reason = cannot_score(self.metric, Answer("", tuple(references), tuple(choices)))
         except (KeyError, TypeError, ValueError, StopIteration) as error:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from vllm.model_executor.models import qwen2_5_omni_thinker as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from coatkit_serve_vllm.thinking import ThinkingDummies, ThinkingModel, ThinkingProcessor
+from coatkit_serve_vllm.thinking import ThinkingDummies, ThinkingInfo, ThinkingModel, ThinkingProcessor
+
+
+class Info(ThinkingInfo, stock.Qwen2_5OmniThinkerProcessingInfo): ...
 
 
 class Dummies(ThinkingDummies, stock.Qwen2_5OmniThinkerDummyInputsBuilder): ...
@@ -14,5 +17,5 @@ class Dummies(ThinkingDummies, stock.Qwen2_5OmniThinkerDummyInputsBuilder): ...
 class Processor(ThinkingProcessor, stock.Qwen2_5OmniThinkerMultiModalProcessor): ...
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=stock.Qwen2_5OmniThinkerProcessingInfo, dummy_inputs=Dummies)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
 class ThinkingQwen25Omni(ThinkingModel, stock.Qwen2_5OmniThinkerForConditionalGeneration): ...

@@ -30,6 +30,21 @@ def block_of(model_config: Any) -> Block | None:
     return Block.read(facts, cached_tokenizer_from_config(model_config).get_vocab())
 
 
+class ThinkingInfo:
+    """Of a `BaseProcessingInfo`: a run was trained on sound and text, and takes nothing else.
+
+    Where a model also sees, vLLM would measure memory with an image when it starts, and refuses one by this limit.
+    """
+
+    ctx: Any
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        if block_of(self.ctx.model_config) is None:
+            return limits
+        return {kind: most for kind, most in limits.items() if kind == "audio"}
+
+
 class ThinkingDummies:
     """Of a `BaseDummyInputsBuilder`: the prompt that memory is measured with has its block too."""
 
@@ -58,21 +73,13 @@ class ThinkingProcessor:
         if block is None:
             return ids, found
         self._refuse_long(mm_items)
-        places = [(kind, number) for kind, places in found.items() for number in range(len(places))]
-        sounds, heard = [], []
-        for kind, number in places:
-            place = found[kind][number]
-            if kind == "audio":
-                tokens = place.length if place.is_embed is None else int(place.is_embed.sum())
-                sounds.append(Sound(place.start_idx, place.length, tokens))
-                heard.append((kind, number))
-            else:
-                raise ValueError(f"this model was trained on sound and text; the prompt has {kind}")
+        places = found.get("audio", [])
+        sounds = [
+            Sound(p.start_idx, p.length, p.length if p.is_embed is None else int(p.is_embed.sum())) for p in places
+        ]
         ids, starts = expand(ids, sounds, block)
-        moved = {kind: list(places) for kind, places in found.items()}
-        for (kind, number), start in zip(heard, starts, strict=True):
-            moved[kind][number] = replace(moved[kind][number], start_idx=start)
-        return ids, moved
+        moved = [replace(place, start_idx=start) for place, start in zip(places, starts, strict=True)]
+        return ids, {**found, **({"audio": moved} if moved else {})}
 
     def _refuse_long(self, mm_items: Any) -> None:
         """Refuse a sound that would be cut.
