@@ -125,6 +125,9 @@ def test_what_is_wrong_is_refused_and_the_engine_lives(served: Served) -> None:
 
 def test_a_start_on_a_gpu_finds_what_to_measure_memory_with(served: Served) -> None:
     """What vLLM's worker for GPUs runs before it serves, with no limits given; its worker for CPUs does not."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
     config = served.llm.llm_engine.vllm_config
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     assert budget.get_modality_with_max_tokens() == "audio"
@@ -137,6 +140,8 @@ def test_a_start_on_a_gpu_finds_what_to_measure_memory_with(served: Served) -> N
 def test_an_image_is_refused(served: Served) -> None:
     if served.use != "qwen2.5-omni":
         pytest.skip("only Qwen2.5-Omni could see one")
+    from PIL import Image
+
     image = Image.new("RGB", (64, 64))
     request = {"prompt": "<|vision_bos|><|IMAGE|><|vision_eos|>", "multi_modal_data": {"image": image}}
     with pytest.raises(ValueError, match="image"):
