@@ -343,6 +343,18 @@ def test_options_that_do_not_go_together(tmp_path: Path, arguments: list[str], s
     assert said in done.output
 
 
+def test_a_run_without_the_block_says_so(project: Any) -> None:
+    project.spec["thinking"] = "off"
+    run = project.train()
+    done = export(run.folder, project.folder / "out", merge=True)
+    card = (done.folder / "README.md").read_text()
+    assert "It was trained without a thinking block." in card
+    assert "audio_think_len" not in card
+    assert "``" not in card.replace("```", "")
+    (answer,) = by_hand([(done.folder, project.folder / "clips/r10.wav")])
+    assert answer == coatkit.load(run.folder, device="cpu").ask(project.folder / "clips/r10.wav", QUESTION)
+
+
 def test_a_failed_write_leaves_nothing(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = project.train()
 

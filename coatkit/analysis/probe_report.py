@@ -210,8 +210,8 @@ def _correct(tasks: Sequence[Task], folder: Path) -> dict[str, np.ndarray]:
     found = {}
     for task in tasks:
         _, lines = answered.get(task.spec.name, ({}, []))
-        scores = {line["index"]: line.get("score") for line in lines}
-        mine = [scores.get(item.index) for item in task.items]
+        scores = {(line["index"], line["id"]): line.get("score") for line in lines}
+        mine = [scores.get((item.index, item.row.id)) for item in task.items]
         if any(score not in (0, 100) for score in mine):
             raise RunError(
                 f"{folder}: has not for every row of task {task.spec.name!r} whether its answer was right; it must be"

@@ -12,6 +12,14 @@ from coatkit.infer import AudioThinker
 
 _LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "BSD-3-Clause": "bsd-3-clause"}
 """SPDX identifiers by the names the hub uses; any other is `other`, with its name."""
+_THINKING = """\
+It thinks about a sound before it answers: between the question and the answer stands a block of
+`{start}`, one `{think}` for {rate}, and `{end}`. The block is read in one prefill and costs no decoding. See
+*Continuous Audio Thinking* (arXiv 2606.18273)."""
+_NOTE = """\
+Without `audio_think_len` the template writes one thinking token, for a server to expand: in plain transformers always
+give it. A sound that is longer than the model hears is cut by the processor without a word.
+"""
 _TEMPLATE = """\
 ---
 {metadata}---
@@ -20,17 +28,14 @@ _TEMPLATE = """\
 
 {warning}{what}
 
-It thinks about a sound before it answers: between the question and the answer stands a block of
-`{start}`, one `{think}` for {rate}, and `{end}`. The block is read in one prefill and costs no decoding. See
-*Continuous Audio Thinking* (arXiv 2606.18273); trained with coatkit {version}.
+{thinking} Trained with coatkit {version}.
 
 ## How to ask it
 
 ```python
 {snippet}```
 
-Without `audio_think_len` the template writes one thinking token, for a server to expand: in plain transformers always
-give it. Answers are greedy; the block's tokens and the placeholder (`suppress_tokens`) are never to be generated.
+{note}Answers are greedy; the block's tokens and the placeholder (`suppress_tokens`) are never to be generated.
 
 ## How it was trained
 
@@ -80,12 +85,10 @@ def card(model: AudioThinker, facts: dict[str, Any]) -> str:
         metadata=_metadata(facts, record),
         name=facts["name"] or "A coatkit run",
         warning=warning,
-        what=f"{kind}, after {facts['step']} steps of coatkit's backbone `{facts['backbone']}`"
+        what=f"{kind}, after {facts['step']} steps of coatkit's backbone `{without_paths(facts['backbone'])}`"
         f" (`{without_paths(facts['base_model'])}`).",
-        rate=rate if block else "nothing: this run was trained without the block",
-        start=block["start"] if block else "",
-        think=block["think"] if block else "",
-        end=block["end"] if block else "",
+        thinking=_THINKING.format(rate=rate, **block) if block else "It was trained without a thinking block.",
+        note=_NOTE if block else "",
         version=facts["coatkit"],
         snippet=snippet(facts),
         training=_training(spec, facts),

@@ -112,7 +112,7 @@ def describe(model: AudioThinker, *, merged: bool) -> dict[str, Any]:
         "format": FORMAT,
         "coatkit": __version__,
         "name": spec.get("name"),
-        "backbone": spec["backbone"]["use"],
+        "backbone": without_paths(spec["backbone"]["use"]),
         "base_model": base,
         "base_revision": revision,
         "model_class": type(backbone.stock).__name__,
