@@ -135,16 +135,18 @@ def test_a_start_on_a_gpu_finds_what_to_measure_memory_with(served: Served) -> N
     ids, block = made["prompt_token_ids"], "<|audio_think|>"
     (place,) = made["mm_placeholders"]["audio"]
     assert ids.count(served.tokenizer.get_vocab()[block]) == place.get_num_embeds()
+    assert budget.mm_max_toks_per_item["audio"] >= min(place.get_num_embeds(), 4096)
 
 
 def test_an_image_is_refused(served: Served) -> None:
     if served.use != "qwen2.5-omni":
         pytest.skip("only Qwen2.5-Omni could see one")
     from PIL import Image
+    from vllm.exceptions import VLLMValidationError  # answered with a 400
 
     image = Image.new("RGB", (64, 64))
     request = {"prompt": "<|vision_bos|><|IMAGE|><|vision_eos|>", "multi_modal_data": {"image": image}}
-    with pytest.raises(ValueError, match="image"):
+    with pytest.raises(VLLMValidationError, match="At most 0 image"):
         served.ask([request])
 
 
