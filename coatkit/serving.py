@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def _asked(
         data = base64.b64encode(wav(ref)).decode()
         parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
     openai, base = library("openai", extra="serve"), api_of(url)
+    if re.fullmatch(r"https?://(\[[0-9a-fA-F:]+\]|[^/:\s]+)(:\d{1,5})?(/\S*)?", base) is None:
+        raise RunError(f"{base}: is no address of a server; write it like http://localhost:8000")
     # A server of one's own wants no key; openai will not start without one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     try:

@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.files: dict[str, bytes] = {}
         self.refuses = 0
+        self.private = True
 
     @property
     def address(self) -> str:
@@ -53,7 +54,7 @@ class Answers(BaseHTTPRequestHandler):
         return self.give({"url": f"{self.server.address}/me/model", "errors": [], "warnings": []})
 
     def do_GET(self) -> None:
-        self.give({"id": "me/model", "sha": "0" * 40, "siblings": [], "private": False})
+        self.give({"id": "me/model", "sha": "0" * 40, "siblings": [], "private": self.server.private})
 
     def give(self, answer: dict[str, Any], status: int = 200) -> None:
         text = json.dumps(answer).encode()
@@ -103,6 +104,13 @@ def test_a_refusal_names_the_remedy_and_no_secret(hub: Hub, folder: Path, status
     assert f"hf upload me/model {folder}" in str(raised.value)
     assert TOKEN not in str(raised.value)
     assert (folder / "README.md").exists()
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, folder: Path) -> None:
+    hub.private = False
+    with pytest.raises(RunError, match="is a public repository already"):
+        push(folder, "me/model", private=True)
+    assert not hub.files
 
 
 def test_a_wrong_name_is_told(hub: Hub, folder: Path) -> None:

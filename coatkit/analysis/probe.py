@@ -126,11 +126,14 @@ def shuffled(states: Array, labels: Sequence[str], groups: Sequence[str], settin
     return {"mean": float(np.mean(scores)), "highest": float(np.max(scores))}
 
 
-def rank_correlation(confidence: Array, correct: Array, groups: Sequence[str], seed: int) -> dict[str, float] | None:
+def rank_correlation(
+    confidence: Array, correct: Array, groups: Sequence[str], seed: int
+) -> dict[str, float | None] | None:
     """Spearman's rho between a probe's confidence and whether the model's own answer was right, with its 95 % interval.
 
     Returns:
-        None where all answers are right, or all wrong: there is nothing to foretell.
+        None where all answers are right, or all wrong: there is nothing to foretell. No interval (None) where fewer
+        than five groups hold right answers, or wrong ones: few rows then make rho, and it would exclude 0 on noise.
     """
     spearman: Callable[..., Any] = library("scipy.stats").spearmanr
     if np.ptp(correct) == 0 or np.ptp(confidence) == 0:
@@ -144,5 +147,8 @@ def rank_correlation(confidence: Array, correct: Array, groups: Sequence[str], s
         rows = np.concatenate([sets[i] for i in random.integers(0, len(sets), len(sets))])
         if np.ptp(correct[rows]) > 0 and np.ptp(confidence[rows]) > 0:
             drawn.append(float(spearman(confidence[rows], correct[rows]).statistic))
-    low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)
+    holding = [len({group for group, one in zip(groups, correct, strict=True) if one == kind}) for kind in (0, 1)]
+    if min(holding) < 5:
+        return {"rho": float(spearman(confidence, correct).statistic), "low": None, "high": None}
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return {"rho": float(spearman(confidence, correct).statistic), "low": float(low), "high": float(high)}

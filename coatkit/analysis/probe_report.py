@@ -279,8 +279,12 @@ def _title(cell: dict[str, Any]) -> str:
     return f"{KINDS[cell['kind']]}{', vanilla' if cell['source'] == VANILLA else ''}"
 
 
-def _rho(found: dict[str, float] | None) -> str:
-    return "-" if found is None else f"{found['rho']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+def _rho(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    if found["low"] is None:
+        return f"{found['rho']:+.2f} (too few)"
+    return f"{found['rho']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
 def draw(results: dict[str, Any]) -> Any:

@@ -73,8 +73,8 @@ def collect(
             folder.mkdir(parents=True, exist_ok=True)
             with written_beside(file) as partial:
                 save_file(kept, partial, metadata={"key": key})
-        except OSError as error:
-            raise RunError(f"{file}: cannot be written: {error.strerror or error}") from None
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     found: dict[str, dict[str, np.ndarray]] = {task.spec.name: {} for task in tasks}
     for name, tensor in kept.items():
         task_name, _, kind = name.rpartition("/")

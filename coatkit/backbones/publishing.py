@@ -78,9 +78,10 @@ class Publishing:
             if self.thinking is not None:
                 embedding.weight[first : first + 3] = self.thinking_rows.rows.to(embedding.weight.dtype)
             self.stock.to(dtype or self.dtype)
-        # Tied, the output matrix is the embedding, and a folder holds it once.
+        # Tied, the output matrix is the embedding, and a folder holds it once, under the embedding's name.
+        own = next(name for name, module in self.stock.named_modules() if module is embedding)
         twice = {n for n, p in self.stock.named_parameters(remove_duplicate=False) if p is output.weight}
-        twice = {n for n in twice if output.weight is embedding.weight and not n.endswith("embed_tokens.weight")}
+        twice = {n for n in twice if output.weight is embedding.weight and n != f"{own}.weight"}
         state = {self._published(n): t for n, t in self.stock.state_dict().items() if n not in twice}
         state = {n: t for n, t in state.items() if not n.startswith("thinking_rows.")}
         state |= {n: t.to(dtype or self.dtype) for n, t in self.published_parts().items()}

@@ -133,7 +133,8 @@ def snippet(facts: dict[str, Any]) -> str:
         '    parts = [{"type": "audio"}, {"type": "text", "text": question}]\n'
         '    text = processor.apply_chat_template([{"role": "user", "content": parts}],'
         " add_generation_prompt=True, **block)\n"
-        "    return processor(text=[text], audio=[samples], sampling_rate=rate, return_tensors='pt')\n\n\n"
+        "    found = processor(text=[text], audio=[samples], sampling_rate=rate, return_tensors='pt')\n"
+        "    return found.to(model.device, model.dtype)\n\n\n"
         f"{length}"
         f"ids = model.generate(**inputs, do_sample=False, max_new_tokens=64{more})\n"
         "answer = ids[0, inputs['input_ids'].shape[1] :]\n"

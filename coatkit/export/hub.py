@@ -28,10 +28,14 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         LocalTokenNotFoundError,
     )
 
-    again = f"  {folder} is complete; try again with --push, or upload it: hf upload {repository} {folder}"
+    again = f"  {folder} is complete; upload it with: hf upload {repository} {folder}"
     api = HfApi(library_name="coatkit")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(repository).private:  # there before, and asking for it changes nothing
+            raise RunError(
+                f"--push {repository}: is a public repository already; name another, or make it private there"
+            )
         done = api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export of a coatkit run")
     except HFValidationError as error:
         raise RunError(f"--push {repository}: {error}") from None

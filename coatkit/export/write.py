@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from coatkit import __version__
@@ -58,6 +59,9 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
         RunError: If there is something at `to`, the run has no checkpoint, or its backbone is no transformers model.
         PluginError: If an adapter cannot hold what was trained.
     """
+    to = to.absolute()
+    if to == Path.cwd():
+        raise RunError(f"{to}: is the folder this was started in; name another")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to}: is there already; name a folder that is not there yet, or is empty")
     model = load(run, step=step, device="cpu")
@@ -81,8 +85,8 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
         if to.exists():
             to.rmdir()
         partial.rename(to)
-    except OSError as error:
-        raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{to}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = sorted((str(f.relative_to(to)), f.stat().st_size) for f in to.rglob("*") if f.is_file())
