@@ -114,6 +114,11 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def load_position(checkpoint: Path) -> Position:
     """Where a checkpoint stands.
 

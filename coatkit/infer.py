@@ -49,7 +49,7 @@ class AudioThinker:
     @property
     def step(self) -> int:
         """Optimizer steps it has learnt for; 0 before training."""
-        return 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+        return 0 if self.checkpoint is None else checkpoint.step_of(self.checkpoint)
 
     def answer(self, rows: Sequence[Row], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
         """Answers to rows, decoded together: any number of turns and sounds, or text alone.
@@ -199,14 +199,21 @@ def load(run: str | Path, *, trained: bool = True, step: int | None = None, devi
     )
     if backbone.fingerprint() != record.get("backbone", {}).get("fingerprint"):
         raise RunError(f"{folder.path}: the backbone's weights are not those the run was trained on")
-    newest = folder.at(step) if trained else None
-    if trained:
-        if newest is None:
-            raise RunError(f"{folder.path}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
-        model = CoatModel(backbone, {}, {})
-        names = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-        checkpoint.load_model(newest, model, names, ignore="heads.")
+    newest = folder.learnt(step) if trained else None
+    if newest is not None:
+        put_learnt(backbone, newest)
     return AudioThinker(backbone, str(folder.path) if trained else f"{folder.path} (untrained)", newest, folder)
+
+
+def put_learnt(backbone: Backbone, learnt: Path) -> None:
+    """Give a backbone as it was before training what it has learnt by a checkpoint.
+
+    Raises:
+        RunError: If the checkpoint does not fit.
+    """
+    model = CoatModel(backbone, {}, {})
+    names = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    checkpoint.load_model(learnt, model, names, ignore="heads.")
 
 
 def load_backbone(

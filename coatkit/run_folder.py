@@ -53,11 +53,22 @@ class RunFolder:
         """
         if step is None:
             return self.latest()
-        steps = {int(path.name.rpartition("-")[2]): path for path in checkpoint.complete(self.checkpoints)}
+        steps = {checkpoint.step_of(path): path for path in checkpoint.complete(self.checkpoints)}
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise RunError(f"{self.path}: has no checkpoint of step {step}; there: {there}")
         return steps[step]
+
+    def learnt(self, step: int | None = None) -> Path:
+        """As `at`, for what needs one.
+
+        Raises:
+            RunError: If there is none yet, or not that one.
+        """
+        found = self.at(step)
+        if found is None:
+            raise RunError(f"{self.path}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
+        return found
 
     def refuse_if_taken(self) -> None:
         """Never write over a run.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -260,15 +260,20 @@ def measure(
     plans = [plan_of(pool, per, repeat) for repeat in range(repeats)]
     done, total = 0, len(models) * sum(map(len, plans))
     say(done, total)
-    arms = list(models)
     for repeat, plan in enumerate(plans):
         for place, (span, one) in enumerate(plan):
-            first = (place + repeat) % len(arms)
-            for arm in (*arms[first:], *arms[:first]):
+            for arm in in_turn(models, place + repeat):
                 request = ask(models[arm], arm, one, limits)
                 yield replace(request, range=span, repeat=repeat)
                 done += 1
                 say(done, total)
+
+
+def in_turn(arms: Iterable[str], number: int) -> list[str]:
+    """All arms, another one first each time, so that what else the machine does hits all alike."""
+    found = list(arms)
+    first = number % len(found)
+    return [*found[first:], *found[:first]]
 
 
 def plan_of(pool: Pool, per: int, seed: int) -> list[tuple[str, Candidate]]:

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from coatkit.analysis.latency import Request
-from coatkit.analysis.latency_local import Candidate, Limits, Pool, Say, plan_of
-from coatkit.data.rows import AUDIO_TAG
+from coatkit.analysis.latency_local import Candidate, Limits, Pool, Say, in_turn, plan_of
 from coatkit.errors import RunError
 from coatkit.serving import RATE, api_of, ask_ids, wav
 from coatkit.thinking import TOKENS
@@ -102,12 +101,10 @@ def measure(
             for place, span in enumerate(dict.fromkeys(name for name, _ in plan)):
                 rows = [one for name, one in plan if name == span]
                 data = _written(rows, folder)
-                arms = list(servers)
-                first = (place + repeat) % len(arms)
-                for arm in (*arms[first:], *arms[:first]):
+                for arm in in_turn(servers, place + repeat):
                     found = _bench(servers[arm], data, len(rows), limits, warmup, command, folder)
                     for i, one in enumerate(rows):
-                        ids = ask_ids(servers[arm].url, one.row.audios[0], _question(one))
+                        ids = ask_ids(servers[arm].url, one.row.audios[0], one.row.question)
                         yield Request(
                             arm=arm,
                             range=span,
@@ -125,17 +122,13 @@ def measure(
                         say(done, total)
 
 
-def _question(one: Candidate) -> str:
-    return next(m.content for m in reversed(one.row.messages) if m.role == "user").replace(AUDIO_TAG, "")
-
-
 def _written(rows: Sequence[Candidate], folder: Path) -> Path:
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number, one in enumerate(rows):
             sound = folder / f"{number}.wav"
             sound.write_bytes(wav(one.row.audios[0]))
-            file.write(json.dumps({"prompt": _question(one), "audio": str(sound)}) + "\n")
+            file.write(json.dumps({"prompt": one.row.question, "audio": str(sound)}) + "\n")
     return path
 
 

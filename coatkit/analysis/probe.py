@@ -138,6 +138,10 @@ def rank_correlation(
     spearman: Callable[..., Any] = library("scipy.stats").spearmanr
     if np.ptp(correct) == 0 or np.ptp(confidence) == 0:
         return None
+    rho = float(spearman(confidence, correct).statistic)
+    holding = [len({group for group, one in zip(groups, correct, strict=True) if one == kind}) for kind in (0, 1)]
+    if min(holding) < 5:
+        return {"rho": rho, "low": None, "high": None}
     members: dict[str, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
@@ -147,8 +151,5 @@ def rank_correlation(
         rows = np.concatenate([sets[i] for i in random.integers(0, len(sets), len(sets))])
         if np.ptp(correct[rows]) > 0 and np.ptp(confidence[rows]) > 0:
             drawn.append(float(spearman(confidence[rows], correct[rows]).statistic))
-    holding = [len({group for group, one in zip(groups, correct, strict=True) if one == kind}) for kind in (0, 1)]
-    if min(holding) < 5:
-        return {"rho": float(spearman(confidence, correct).statistic), "low": None, "high": None}
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"rho": float(spearman(confidence, correct).statistic), "low": float(low), "high": float(high)}
+    return {"rho": rho, "low": float(low), "high": float(high)}

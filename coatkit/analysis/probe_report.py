@@ -150,7 +150,7 @@ def run_probes(
 
 def _sources(run: Path, steps: Sequence[int] | None) -> list[Source]:
     folder = RunFolder(run)
-    there = [int(path.name.rpartition("-")[2]) for path in checkpoint.complete(folder.checkpoints)]
+    there = [checkpoint.step_of(path) for path in checkpoint.complete(folder.checkpoints)]
     wanted = [0, *there] if steps is None else sorted(set(steps))
     for step in wanted:
         if step:
@@ -223,7 +223,7 @@ def _correct(tasks: Sequence[Task], folder: Path) -> dict[str, np.ndarray]:
 
 def _newest(run: Path) -> int:
     latest = RunFolder(run).latest()
-    return 0 if latest is None else int(latest.name.rpartition("-")[2])
+    return 0 if latest is None else checkpoint.step_of(latest)
 
 
 def _foretells(seen: OutOfFold, right: np.ndarray, groups: Sequence[str], seed: int) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from coatkit.errors import PluginError
 from coatkit.manifest import Asset
 
 SHARD = "5GB"
+SIDE_BY_SIDE = {
+    "model.language_model": "language_model.model",
+    "model.audio_tower": "audio_tower",
+    "model.multi_modal_projector": "multi_modal_projector",
+    "lm_head": "language_model.lm_head",
+}
+"""`published_names` of folders that hold tower, projector and a whole causal language model side by side."""
 
 
 class Publishing:
@@ -79,9 +86,8 @@ class Publishing:
                 embedding.weight[first : first + 3] = self.thinking_rows.rows.to(embedding.weight.dtype)
             self.stock.to(dtype or self.dtype)
         # Tied, the output matrix is the embedding, and a folder holds it once, under the embedding's name.
-        own = next(name for name, module in self.stock.named_modules() if module is embedding)
         twice = {n for n, p in self.stock.named_parameters(remove_duplicate=False) if p is output.weight}
-        twice = {n for n in twice if output.weight is embedding.weight and n != f"{own}.weight"}
+        twice = {n for n in twice if output.weight is embedding.weight and n != f"{self._embedding_name()}.weight"}
         state = {self._published(n): t for n, t in self.stock.state_dict().items() if n not in twice}
         state = {n: t for n, t in state.items() if not n.startswith("thinking_rows.")}
         state |= {n: t.to(dtype or self.dtype) for n, t in self.published_parts().items()}
@@ -99,6 +105,10 @@ class Publishing:
     def suppressed(self) -> list[int]:
         """Tokens that are never generated: the block's and the placeholder of a sound."""
         return [*self.preparer.tokens.ids, self.preparer.audio_token]
+
+    def _embedding_name(self) -> str:
+        embedding = self.stock.get_input_embeddings()
+        return next(str(name) for name, module in self.stock.named_modules() if module is embedding)
 
     def _published(self, name: str) -> str:
         for prefix, other in self.published_names.items():
@@ -126,8 +136,7 @@ class Publishing:
         config = copy.deepcopy(self.peft.peft_config["default"])
         state = dict(get_peft_model_state_dict(self.peft, save_embedding_layers=False))
         if self.thinking is not None:
-            embedding = self.stock.get_input_embeddings()
-            name = next(n for n, module in self.stock.named_modules() if module is embedding)
+            name = self._embedding_name()
             config.trainable_token_indices = {name.rpartition(".")[2]: list(self.preparer.tokens.ids)}
             state[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = self.thinking_rows.rows
         if train.projector == "full":

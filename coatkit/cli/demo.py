@@ -47,14 +47,12 @@ def command(
       coatkit demo examples/quickstart/runs/quickstart
       coatkit demo RUN --port 8080 --max-seconds 60
     """
-    from coatkit.errors import RunError
     from coatkit.run_folder import RunFolder
 
     # What is wrong with the call is told before the model is loaded, which takes a while.
     folder = RunFolder(run)
     folder.read_record()
-    if folder.at(step) is None:
-        raise RunError(f"{run}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
+    folder.learnt(step)
     from coatkit.demo import page, server
 
     bound = server.listen(host, port)

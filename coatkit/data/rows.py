@@ -84,6 +84,11 @@ class Row:
     where: str = "row"
     labels: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def question(self) -> str:
+        """The last thing the user says, without audio tags."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user").replace(AUDIO_TAG, "")
+
     def fail(self, what: str) -> DataError:
         """An error that names this row."""
         return DataError(f"{self.where} (row {self.id}): {what}")

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coatkit import checkpoint
 from coatkit.analysis import view_plots
 from coatkit.data import audio as sound
 from coatkit.data.rows import AUDIO_TAG, AudioRef, Row
-from coatkit.errors import CoatkitError, DataError, RunError
-from coatkit.infer import AudioThinker, asked, load
-from coatkit.model import CoatModel
+from coatkit.errors import CoatkitError, DataError
+from coatkit.infer import AudioThinker, asked, load, put_learnt
 from coatkit.readout import Readout
 from coatkit.run_folder import RunFolder
 from coatkit.thought import Heard
@@ -140,13 +138,11 @@ class Asker:
             SpecError: If a plugin it was made with is missing.
         """
         folder = RunFolder(run)
-        newest = folder.at(step)
-        if newest is None:
-            raise RunError(f"{folder.path}: has no checkpoint yet; train it with: coatkit train SPEC --resume")
+        newest = folder.learnt(step)
         model = load(run, trained=False, device=device)
         learning = dict(_learning(model))
         before = {name: parameter.detach().cpu().clone() for name, parameter in learning.items()}
-        checkpoint.load_model(newest, CoatModel(model.backbone, {}, {}), frozenset(_full(model)), ignore="heads.")
+        put_learnt(model.backbone, newest)
         return cls(AudioThinker(model.backbone, str(folder.path), newest, folder), before, limits)
 
     @property
@@ -262,11 +258,6 @@ class Asker:
 
 def _learning(model: AudioThinker) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, p) for name, p in model.backbone.model.named_parameters() if p.requires_grad)
-
-
-def _full(model: AudioThinker) -> Iterator[str]:
-    """Names as a checkpoint has them."""
-    return (name for name, p in CoatModel(model.backbone, {}, {}).named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()

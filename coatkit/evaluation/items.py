@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from coatkit.data import audio as sound
 from coatkit.data.filters import Sieve
 from coatkit.data.pools import permutation
-from coatkit.data.rows import AUDIO_TAG, Row, Rows
+from coatkit.data.rows import Row, Rows
 from coatkit.data.sources import open_data
 from coatkit.errors import DataError, SpecError
 from coatkit.evaluation.metrics import Answer, cannot_score
@@ -49,8 +49,7 @@ class Item:
 
     def described(self) -> dict[str, Any]:
         """The row as predictions.jsonl has it, without an answer; the question is the last thing the user says."""
-        question = next(m.content for m in reversed(self.row.messages) if m.role == "user").replace(AUDIO_TAG, "")
-        found = {"task": self.task, "index": self.index, "id": self.row.id, "question": question}
+        found = {"task": self.task, "index": self.index, "id": self.row.id, "question": self.row.question}
         choices = {"choices": list(self.choices)} if self.choices else {}
         return {**found, "references": list(self.references), **choices}
 

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from coatkit import __version__
 from coatkit.backbones.hf import HFBackbone
-from coatkit.checkpoint import load_position
 from coatkit.errors import RunError
 from coatkit.export.card import card, without_paths
 from coatkit.infer import AudioThinker, load
@@ -96,7 +95,6 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
 def describe(model: AudioThinker, *, merged: bool) -> dict[str, Any]:
     """What coatkit.json holds: all that is needed to lay out the block, and where the model came from."""
     assert model.run is not None
-    assert model.checkpoint is not None
     assert isinstance(model.backbone, HFBackbone)
     spec, record = model.run.read_spec(), model.run.read_record()
     backbone, thinking = model.backbone, model.backbone.thinking
@@ -121,7 +119,7 @@ def describe(model: AudioThinker, *, merged: bool) -> dict[str, Any]:
         "base_revision": revision,
         "model_class": type(backbone.stock).__name__,
         "merged": merged,
-        "step": load_position(model.checkpoint).step,
+        "step": model.step,
         "random_weights": record.get("random_weights", []),
         "audio": {
             "sample_rate": backbone.preparer.sample_rate,

@@ -20,6 +20,7 @@ from transformers import (
 from coatkit import Asset, AssetError, AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
 from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
+from coatkit.backbones.publishing import SIDE_BY_SIDE
 from coatkit_backbone_audio_flamingo_3 import NAME, WEIGHTS
 from coatkit_backbone_audio_flamingo_3.options import Options
 from coatkit_backbone_audio_flamingo_3.sizes import plan_config
@@ -59,12 +60,7 @@ class AudioFlamingo3(HFBackbone):
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = AudioFlamingo3ForConditionalGeneration
     default_weights: ClassVar[Asset | None] = WEIGHTS
-    published_names: ClassVar[Mapping[str, str]] = {
-        "model.language_model": "language_model.model",
-        "model.audio_tower": "audio_tower",
-        "model.multi_modal_projector": "multi_modal_projector",
-        "lm_head": "language_model.lm_head",
-    }
+    published_names: ClassVar[Mapping[str, str]] = SIDE_BY_SIDE
 
     def build(self, dtype: torch.dtype) -> tuple[Any, HFPreparer]:
         if self.options.weights == "random":

@@ -11,6 +11,7 @@ from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGener
 
 from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
 from coatkit.backbones import whisper
+from coatkit.backbones.publishing import SIDE_BY_SIDE
 from coatkit_backbone_mini.convert import prepare_weights
 from coatkit_backbone_mini.loading import load_model, load_processor
 from coatkit_backbone_mini.options import Options
@@ -41,12 +42,7 @@ class MiniBackbone(HFBackbone):
 
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = AudioFlamingo3ForConditionalGeneration
-    published_names: ClassVar[Mapping[str, str]] = {
-        "model.language_model": "language_model.model",
-        "model.audio_tower": "audio_tower",
-        "model.multi_modal_projector": "multi_modal_projector",
-        "lm_head": "language_model.lm_head",
-    }
+    published_names: ClassVar[Mapping[str, str]] = SIDE_BY_SIDE
 
     def plan_config(self) -> AudioFlamingo3Config:
         assert isinstance(self.options, Options)

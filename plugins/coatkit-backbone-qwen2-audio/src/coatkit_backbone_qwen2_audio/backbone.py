@@ -18,6 +18,7 @@ from transformers import (
 from coatkit import Asset, AssetError, BackboneOptions, DataError, HFBackbone, HFPreparer, Inputs, Output
 from coatkit.backbones import whisper
 from coatkit.backbones.folder import add_thinking_tokens, read, read_model, weights_folder, with_thinking_tokens
+from coatkit.backbones.publishing import SIDE_BY_SIDE
 from coatkit_backbone_qwen2_audio import NAME, WEIGHTS
 from coatkit_backbone_qwen2_audio.options import Options
 from coatkit_backbone_qwen2_audio.preparer import AUDIO, MARKUP, Qwen2AudioPreparer, tokens_of
@@ -34,12 +35,7 @@ class Qwen2Audio(HFBackbone):
     options_type: ClassVar[type[BackboneOptions]] = Options
     model_class: ClassVar[Any] = Qwen2AudioForConditionalGeneration
     default_weights: ClassVar[Asset | None] = WEIGHTS
-    published_names: ClassVar[Mapping[str, str]] = {
-        "model.language_model": "language_model.model",
-        "model.audio_tower": "audio_tower",
-        "model.multi_modal_projector": "multi_modal_projector",
-        "lm_head": "language_model.lm_head",
-    }
+    published_names: ClassVar[Mapping[str, str]] = SIDE_BY_SIDE
 
     def plan_config(self) -> Qwen2AudioConfig:
         if self.options.weights == "default":
