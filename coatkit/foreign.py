@@ -153,6 +153,7 @@ class ForeignExpert:
 
     def _order(self, folder: str) -> dict[str, Any]:
         """The expert's address and options; links in `folder` to the packages it needs of this environment."""
+        self.component.enter()
         place, _, name = self.component.target.rpartition(":")
         order: dict[str, Any] = {"use": self.component.use, "name": name, "options": dict(self.options)}
         os.symlink(Path(worker.__file__).parent, f"{folder}/coatkit")

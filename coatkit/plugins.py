@@ -7,6 +7,7 @@ it. Names resolve to a `Component`, which can validate options without importing
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -14,11 +15,12 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import io
 import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from coatkit import hookspecs
 from coatkit.errors import PluginError
 from coatkit.manifest import KINDS, Kind, Manifest
 
+_LONGEST_REASON = 500
+"""Characters of what a plugin raised that are kept."""
 _BASES: Mapping[Kind, str] = {"expert": "Expert", "head": "Head", "backbone": "Backbone"}
 
 
@@ -61,6 +65,7 @@ class Component:
         target: `module:Class`, or `/path/file.py:Class`.
         manifest: The plugin's manifest; None for a user's class.
         distribution: Distribution and version of a plugin, or the file of a user's class.
+        gate: Asked before a user's code runs, and raises where it may not (`coatkit.trust`).
     """
 
     kind: Kind
@@ -69,6 +74,16 @@ class Component:
     manifest: Manifest | None
     distribution: str
     version: str = ""
+    gate: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+
+    def enter(self) -> None:
+        """To be called before code of this component runs, here or in another interpreter.
+
+        Raises:
+            PluginError: If it may not.
+        """
+        if self.gate is not None:
+            self.gate()
 
     def option_names(self) -> list[str] | None:
         """Names of the options a user's class takes, read from its source; None when that does not tell."""
@@ -119,6 +134,7 @@ class Component:
 
     def _import(self, reference: str) -> Any:
         place, _, name = reference.rpartition(":")
+        self.enter()
         try:
             module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         except (Exception, SystemExit) as error:  # anything can happen in foreign code; it is named, not passed on bare
@@ -195,11 +211,18 @@ class Registry:
         return component
 
 
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 @functools.cache
 def registry() -> Registry:
     """Scan the installed plugins once per process."""
     found = Registry()
-    for entry in importlib.metadata.entry_points(group=hookspecs.GROUP):
+    for entry in _entries(found):
         distribution, version = "unknown", "?"
         try:
             if entry.dist:  # reading these fails where the installation is damaged
@@ -207,9 +230,10 @@ def registry() -> Registry:
             # One manager per plugin: what a broken one raises can be told from its neighbours'.
             manager = pluggy.PluginManager(hookspecs.GROUP)
             manager.add_hookspecs(hookspecs)
-            manager.register(entry.load(), name=entry.name)
-            manager.check_pending()
-            manifests = [m for offered in manager.hook.coatkit_manifests() for m in offered]
+            with contextlib.redirect_stdout(_Nowhere()):  # what it prints is no part of any command's output
+                manager.register(entry.load(), name=entry.name)
+                manager.check_pending()
+                manifests = [m for offered in manager.hook.coatkit_manifests() for m in offered]
             if not manifests:
                 raise PluginError("it offers no manifest: is coatkit_manifests() missing or unmarked by @hookimpl?")
             for manifest in manifests:
@@ -220,9 +244,37 @@ def registry() -> Registry:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            reason = f"{type(error).__name__}: {error}".strip()
-            found.broken.append(Broken(f"{entry.name} = {entry.value}", distribution, version, reason))
+            found.broken.append(Broken(f"{entry.name} = {entry.value}", distribution, version, _reason(error)))
     return found
+
+
+def _entries(found: Registry) -> list[importlib.metadata.EntryPoint]:
+    """Every plugin's entry point; a distribution whose list of them cannot be read is told and left out."""
+    try:
+        return list(importlib.metadata.entry_points(group=hookspecs.GROUP))
+    except Exception:  # one damaged distribution spoils the list of all
+        entries: list[importlib.metadata.EntryPoint] = []
+        names: set[str] = set()
+        for distribution in importlib.metadata.distributions():
+            name = "unknown"
+            try:
+                name = str(distribution.name)
+                if name not in names:  # one of this name that comes later on the path is hidden
+                    entries += distribution.entry_points.select(group=hookspecs.GROUP)
+            except Exception as error:
+                found.broken.append(Broken("entry_points.txt", name, "?", _reason(error)))
+            names.add(name)
+        return entries
+
+
+def _reason(error: BaseException) -> str:
+    """What a plugin raised, in words that can be listed."""
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # it may fail to say even this
+        said = "(an error without words)"
+    said = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in said[:_LONGEST_REASON])
+    return f"{type(error).__name__}: {said}".strip()
 
 
 def _import_file(path: Path) -> Any:

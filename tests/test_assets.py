@@ -14,6 +14,8 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -203,12 +205,13 @@ def test_a_file_that_changed_or_cannot_go_on_starts_anew(
 
 
 def test_a_part_longer_than_the_file_is_dropped(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    sizeless = replace(WEB, size=None)  # with a size, a longer part is never kept
     answering(monkeypatch, Server(CONTENT * 9, 20_000, 20_000, 10))
     with pytest.raises(AssetError):
-        assets.fetch("mini", WEB)
+        assets.fetch("mini", sizeless)
     server = Server(CONTENT)
     answering(monkeypatch, server)
-    assert assets.fetch("mini", WEB) == DIGEST
+    assert assets.fetch("mini", sizeless) == DIGEST
     assert server.asked == ["bytes=40010-", None]
 
 
@@ -664,6 +667,44 @@ def test_resuming_over_a_real_connection(monkeypatch: pytest.MonkeyPatch, cached
         server.shutdown()
         server.server_close()
     assert Dropping.asked == [None, "bytes=1500-"]
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Sends more than it should have: as its length says, or without a length and with no end."""
+
+    says: ClassVar[bool] = False
+    sent: ClassVar[int] = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"one"')
+        if self.says:
+            self.send_header("Content-Length", str(64 << 20))
+        self.end_headers()
+        with suppress(OSError):  # the client hangs up
+            while Endless.sent < 64 << 20:
+                Endless.sent += self.wfile.write(b"x" * (1 << 16))
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize(("says", "told"), [(True, "has 67,108,864 bytes"), (False, "goes on after that")])
+def test_a_server_that_sends_more_than_the_asset_has_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, cached: Path, says: bool, told: str
+) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Endless.says, Endless.sent = says, 0
+    over_tls_to(monkeypatch, server)
+    try:
+        with pytest.raises(AssetError, match=rf"should have 7,000 bytes, but what the server sends {told}"):
+            assets.fetch("mini", WEB)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Endless.sent < 32 << 20  # what fits into the sockets' buffers, and not all of it
+    assert left_in(cached) == []
+    assert [part for folder in parts_in(cached) for part in folder.rglob("part")] == []
 
 
 class Redirecting(http.server.BaseHTTPRequestHandler):

@@ -147,6 +147,43 @@ def test_uploads_are_bounded_in_all(guard: Guard, through: Asked, uploads: Path)
     assert through.status(guard, "POST", "/gradio_api/upload", b"x") == 507
 
 
+@pytest.mark.parametrize("number", [999, "0", True, 0.0, None, [0], {}])
+def test_a_function_that_the_page_has_not_is_refused(through: Asked, uploads: Path, number: Any) -> None:
+    guard = Guard(through.app, uploads, 1_000_000, None, frozenset([0, 1]))
+    for asked in ({"data": [], "fn_index": number}, [number], {"data": []}):
+        assert through.status(guard, "POST", "/gradio_api/queue/join", json.dumps(asked).encode()) == 400
+    assert through.reached == []
+    assert through.status(guard, "POST", "/gradio_api/queue/join", b'{"data": [], "fn_index": 1}') == 200
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_stream_that_breaks_ends_and_one_that_never_began_is_an_error(
+    uploads: Path, capsys: pytest.CaptureFixture[str], begun: bool
+) -> None:
+    sent: list[Any] = []
+
+    async def breaks(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("no such session")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/queue/data", "headers": []}
+    asked = Guard(breaks, uploads, 1_000_000, None)(scope, receive, send)
+    if begun:
+        asyncio.run(asked)
+        assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+        assert capsys.readouterr().err == "note: a stream of events was ended: RuntimeError: no such session\n"
+    else:
+        with pytest.raises(RuntimeError, match="no such session"):
+            asyncio.run(asked)
+
+
 def test_a_web_socket_is_refused(guard: Guard) -> None:
     sent: list[Any] = []
 

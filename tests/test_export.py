@@ -162,6 +162,20 @@ def test_weights_are_cast_when_asked(run: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_wider_type_is_merged_into_without_rounding_first(project: Any, tmp_path: Path) -> None:
+    project.spec["backbone"]["dtype"] = "bfloat16"
+    run = project.train()
+    export(run.folder, tmp_path / "wide", merge=True, dtype="float32")
+    wide = load_file(tmp_path / "wide/model.safetensors")
+    backbone: Any = coatkit.load(run.folder, device="cpu").backbone
+    layer = backbone.language_model.layers[0].self_attn.q_proj
+    adapted = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+    assert torch.equal(wide["language_model.model.layers.0.self_attn.q_proj.weight"], adapted)
+    start = backbone.preparer.tokens.start
+    rows = wide["language_model.model.embed_tokens.weight"][start : start + 3]
+    assert torch.equal(rows, backbone.thinking_rows.rows)
+
+
 def test_nothing_of_this_machine_is_in_it(merged: Path, run: Any) -> None:
     for file in merged.rglob("*"):
         if file.suffix in {".json", ".md", ".jinja"}:
@@ -303,7 +317,14 @@ def once(ids: list[int], token: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("length", "said"),
-    [([3, 4], "audio_think_len has 2 numbers for 1 blocks"), (0, "audio_think_len must be 1 or more")],
+    [
+        ([3, 4], "audio_think_len has 2 numbers for 1 blocks"),
+        (0, "audio_think_len must be 1 or more"),
+        ("12", "audio_think_len must be a whole number"),
+        (["12"], "audio_think_len must be a whole number"),
+        (2.5, "audio_think_len must be a whole number"),
+        (torch.tensor(3), "audio_think_len must be a whole number"),
+    ],
 )
 def test_a_wrong_length_is_told(length: Any, said: str) -> None:
     preparer: Any = coatkit.load_backbone("mini", weights="random", device="cpu").preparer
@@ -320,13 +341,44 @@ def test_a_wrong_length_is_told(length: Any, said: str) -> None:
 def test_the_command_writes_and_says_what(project: Any, tmp_path: Path) -> None:
     run = project.train()
     arguments = ["export", str(run.folder), "--to", str(tmp_path / "out"), "--push", "me/model", "--dry-run"]
+    arguments += ["--base-model", "you/stock"]
     done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "you/stock"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: you/stock" in card
+    assert "from_pretrained('you/stock')" in card
     assert "adapter_model.safetensors" in done.output
     assert "would be uploaded to me/model:" in done.output
     again = CliRunner().invoke(cli, arguments)
     assert isinstance(again.exception, RunError)
     assert "is there already" in str(again.exception)
+
+
+def test_an_adapter_of_a_folder_that_others_lack_is_not_uploaded(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = project.train()
+    base = tmp_path / "stock"
+    base.mkdir()
+    monkeypatch.setattr("coatkit.backbones.hf.HFBackbone.base_model", lambda self: (str(base), None))
+    done = CliRunner().invoke(cli, ["export", str(run.folder), "--to", str(tmp_path / "out")], catch_exceptions=False)
+    assert f"note: the adapter names {base} as its base" in done.output
+    arguments = ["export", str(run.folder), "--to", str(tmp_path / "two"), "--push", "me/model"]
+    done = CliRunner().invoke(cli, arguments)
+    assert isinstance(done.exception, RunError)
+    assert "not uploaded: the adapter names" in str(done.exception)
+    assert "--base-model OWNER/NAME, or --merge" in str(done.exception)
+    assert "base_model:" not in (tmp_path / "two/README.md").read_text().split("---")[1]
+
+
+def test_a_wrong_name_is_told_before_anything_is_written(project: Any, tmp_path: Path) -> None:
+    run = project.train()
+    for name in ("a/b/c", "model"):
+        done = CliRunner().invoke(cli, ["export", str(run.folder), "--to", str(tmp_path / "out"), "--push", name])
+        assert isinstance(done.exception, RunError)
+        assert f"--push {name}:" in str(done.exception)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

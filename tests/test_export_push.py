@@ -25,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.files: dict[str, bytes] = {}
+        self.there: list[str] = []
+        self.deleted: set[str] = set()
         self.refuses = 0
         self.private = True
 
@@ -43,6 +45,8 @@ class Answers(BaseHTTPRequestHandler):
         if self.path.endswith("/commit/main"):
             for line in body.splitlines():
                 entry = json.loads(line)
+                if entry["key"] == "deletedFile":
+                    self.server.deleted.add(entry["value"]["path"])
                 if entry["key"] == "file":
                     self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             return self.give({"commitUrl": f"{self.server.address}/me/model/commit/abc", "commitOid": "abc"})
@@ -54,9 +58,11 @@ class Answers(BaseHTTPRequestHandler):
         return self.give({"url": f"{self.server.address}/me/model", "errors": [], "warnings": []})
 
     def do_GET(self) -> None:
-        self.give({"id": "me/model", "sha": "0" * 40, "siblings": [], "private": self.server.private})
+        if "/tree/" in self.path:
+            return self.give([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.there])
+        return self.give({"id": "me/model", "sha": "0" * 40, "siblings": [], "private": self.server.private})
 
-    def give(self, answer: dict[str, Any], status: int = 200) -> None:
+    def give(self, answer: Any, status: int = 200) -> None:
         text = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -96,6 +102,18 @@ def test_every_file_is_uploaded(hub: Hub, folder: Path) -> None:
     assert created["visibility"] == "private"
 
 
+def test_weights_of_an_earlier_export_do_not_stay(hub: Hub, folder: Path) -> None:
+    hub.there = [
+        "README.md",
+        "notes.md",
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "config.json",
+    ]
+    push(folder, "me/model")
+    assert hub.deleted == {"adapter_model.safetensors", "model-00001-of-00002.safetensors", "config.json"}
+
+
 @pytest.mark.parametrize("status", [401, 403, 500])
 def test_a_refusal_names_the_remedy_and_no_secret(hub: Hub, folder: Path, status: int) -> None:
     hub.refuses = status
@@ -114,8 +132,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, folder: Pa
 
 
 def test_a_wrong_name_is_told(hub: Hub, folder: Path) -> None:
-    with pytest.raises(RunError, match="--push a/b/c:"):
-        push(folder, "a/b/c")
+    for name in ("a/b/c", "model", "-me/model"):
+        with pytest.raises(RunError, match=f"--push {name}:"):
+            push(folder, name)
 
 
 def test_no_hub_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

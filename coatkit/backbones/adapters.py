@@ -76,7 +76,9 @@ def _linear_layers(stock: Any, paths: Mapping[str, str], part: str) -> list[str]
 def merge(stock: nn.Module, dtype: torch.dtype) -> None:
     """Put every adapter into the weight it adapts and take it off, for good.
 
-    Quantised layers become plain ones of type `dtype` before: rounded again, they would lose what the adapters say.
+    Args:
+        stock: Quantised layers in it become plain ones: rounded again, they would lose what the adapters say.
+        dtype: Of the weights that were adapted or quantised; the others keep theirs.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -85,11 +87,11 @@ def merge(stock: nn.Module, dtype: torch.dtype) -> None:
             adapted: Any = child
             if isinstance(child, LoraLayer):
                 base = adapted.get_base_layer()
-                base = dequantized(base, dtype) if is_small(base.weight) else base
+                base = dequantized(base, torch.float32) if is_small(base.weight) else base
+                merged = base.weight.float()
                 for adapter in adapted.active_adapters:
-                    # In float32, and rounded once.
-                    merged = base.weight.float() + adapted.get_delta_weight(adapter).float()
-                    base.weight.copy_(merged.to(base.weight.dtype))
-                setattr(module, name, base)
+                    merged = merged + adapted.get_delta_weight(adapter).float()
+                base.weight.data = merged
+                setattr(module, name, base.to(dtype))  # rounded once
             elif isinstance(child, nn.Linear) and is_small(child.weight):
                 setattr(module, name, dequantized(child, dtype))

@@ -27,6 +27,8 @@ _TEMPLATE = """\
 {%%- set lengths = none -%%}
 {%%- elif audio_think_len is number -%%}
 {%%- set lengths = [audio_think_len] -%%}
+{%%- elif audio_think_len is string or audio_think_len is not iterable -%%}
+{{- raise_exception("audio_think_len must be a whole number, or a list of them") -}}
 {%%- else -%%}
 {%%- set lengths = audio_think_len -%%}
 {%%- endif -%%}
@@ -35,6 +37,9 @@ _TEMPLATE = """\
 {{- raise_exception("audio_think_len has " ~ (lengths | length) ~ " numbers, and the conversation more blocks") -}}
 {%%- endif -%%}
 {%%- set length = 1 if lengths is none else lengths[ns.blocks] | int -%%}
+{%%- if lengths is not none and length != lengths[ns.blocks] -%%}
+{{- raise_exception("audio_think_len must be a whole number, or a list of them") -}}
+{%%- endif -%%}
 {%%- if length < 1 -%%}{{- raise_exception("audio_think_len must be 1 or more") -}}{%%- endif -%%}
 {%%- set ns.blocks = ns.blocks + 1 -%%}
 {{- "%(start)s" ~ "%(think)s" * length ~ "%(end)s" -}}

@@ -13,8 +13,8 @@ class LoraOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / rank")
+    rank: int = Field(16, ge=1, description="rank of the adapters (paper: 16)")
+    alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / rank (paper: 32)")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -29,7 +29,7 @@ class TrainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lm: Literal["lora", "full", "none"] = Field(
-        "lora", description="language model; full: its layers, final norm and output matrix"
+        "lora", description="language model (paper: lora); full: its layers, final norm and output matrix"
     )
     projector: Literal["lora", "full", "none"] = Field(
         "none", description="projector from audio tower to language model"
@@ -44,8 +44,8 @@ class BackboneOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights")
-    lora: LoraOptions = LoraOptions()
-    train: TrainOptions = TrainOptions()
+    lora: LoraOptions = Field(LoraOptions(), description="adapters of what is trained as `lora`")
+    train: TrainOptions = Field(TrainOptions(), description="what learns in each part")
     gradient_checkpointing: bool = Field(False, description="recompute language-model layers in the backward pass")
     compile: bool = Field(False, description="compile the language model's layers (torch.compile), for long runs")
     weights: str = Field("default", description="`default`, `random` (tests only; announced), or a local folder")

@@ -78,22 +78,23 @@ class Publishing:
         """
         from huggingface_hub import save_torch_state_dict
 
-        self.merge()
+        dtype = dtype or self.dtype
+        merge(self.model, dtype)
         embedding, output = self.stock.get_input_embeddings(), self.stock.get_output_embeddings()
         with torch.no_grad():
+            self.stock.to(dtype)
             first = self.preparer.tokens.start
             if self.thinking is not None:
-                embedding.weight[first : first + 3] = self.thinking_rows.rows.to(embedding.weight.dtype)
-            self.stock.to(dtype or self.dtype)
+                embedding.weight[first : first + 3] = self.thinking_rows.rows.to(dtype)
         # Tied, the output matrix is the embedding, and a folder holds it once, under the embedding's name.
         twice = {n for n, p in self.stock.named_parameters(remove_duplicate=False) if p is output.weight}
         twice = {n for n in twice if output.weight is embedding.weight and n != f"{self._embedding_name()}.weight"}
         state = {self._published(n): t for n, t in self.stock.state_dict().items() if n not in twice}
         state = {n: t for n, t in state.items() if not n.startswith("thinking_rows.")}
-        state |= {n: t.to(dtype or self.dtype) for n, t in self.published_parts().items()}
+        state |= {n: t.to(dtype) for n, t in self.published_parts().items()}
         save_torch_state_dict(state, folder, max_shard_size=SHARD, metadata={"format": "pt"})
         config = self.published_config()
-        config.dtype = str(dtype or self.dtype).removeprefix("torch.")
+        config.dtype = str(dtype).removeprefix("torch.")
         config.architectures = config.architectures or [type(self.stock).__name__]
         config.save_pretrained(folder)
         generation = copy.deepcopy(self.stock.generation_config)
@@ -116,11 +117,12 @@ class Publishing:
                 return other + name[len(prefix) :]
         return name
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
         """Write a PEFT adapter that plain `peft` puts on the stock model, with the three token rows.
 
         Args:
             folder: Is there, and empty.
+            base_model: Name of the stock model to write; where this one was had from when left out.
 
         Raises:
             PluginError: If more was trained than an adapter holds.
@@ -143,7 +145,7 @@ class Publishing:
             config.modules_to_save = [self.projector_path]
             projector = self.stock.get_submodule(self.projector_path).state_dict()
             state |= {f"base_model.model.{self.projector_path}.{n}": t for n, t in projector.items()}
-        config.base_model_name_or_path, config.revision = self.base_model()
+        config.base_model_name_or_path, config.revision = (base_model, None) if base_model else self.base_model()
         config.inference_mode = True
         config.save_pretrained(str(folder))
         tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}

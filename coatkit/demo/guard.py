@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _API = "/gradio_api"
 UPLOAD, JOIN, FILE = f"{_API}/upload", f"{_API}/queue/join", f"{_API}/file="
+EVENTS = f"{_API}/queue/data"
 _READ = {
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
     *(f"{_API}/{name}" for name in ("startup-events", "queue/data", "upload_progress", "app_id")),
@@ -62,10 +64,18 @@ class Guard:
         max_bytes: Of an upload.
         hosts: Names that the page may be asked for by, with port; None for any. A page elsewhere that has its name
             point to this machine is so kept from reading answers.
+        functions: Numbers of the page's functions; None for any. gradio answers 500 to others.
     """
 
-    def __init__(self, app: App, uploads: Path, max_bytes: int, hosts: frozenset[str] | None) -> None:
-        self.app, self.max_bytes, self.hosts = app, max_bytes, hosts
+    def __init__(
+        self,
+        app: App,
+        uploads: Path,
+        max_bytes: int,
+        hosts: frozenset[str] | None,
+        functions: frozenset[int] | None = None,
+    ) -> None:
+        self.app, self.max_bytes, self.hosts, self.functions = app, max_bytes, hosts, functions
         self._uploads = os.path.realpath(uploads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +91,26 @@ class Guard:
             receive = _again(body, receive)
         if refused is not None:
             return await _say(send, *refused)
+        if scope["path"] == EVENTS:
+            return await self._events(scope, receive, _with_headers(send))
         await self.app(scope, receive, _with_headers(send))
+
+    async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A session's events. Of a session that it does not know, gradio says so in the stream, and then raises."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if not begun:
+                raise
+            print(f"note: a stream of events was ended: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason where a request is not let through."""
@@ -115,6 +144,9 @@ class Guard:
             asked = json.loads(body)
         except (ValueError, RecursionError):
             return 400, "That is no JSON."
+        number = asked.get("fn_index") if isinstance(asked, dict) else None
+        if self.functions is not None and (type(number) is not int or number not in self.functions):
+            return 400, "This page has no such function."
         for path in _paths(asked):
             if not isinstance(path, str) or not self._uploaded(path):
                 return 403, "Only files that were uploaded can be asked about."

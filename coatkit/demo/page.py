@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,14 @@ def build(asker: Asker, folder: Path) -> Any:
         if asker.has_block:
             gr.Markdown(_HEADS)
 
+        # One thread for all questions, which come one at a time anyway: gradio takes any of its forty, and fonts,
+        # buffers and allocators are kept for each thread that ever drew or computed.
+        worker = ThreadPoolExecutor(1, thread_name_prefix="coatkit-demo")
+
         def reply(path: str | None, asked: str, way: str) -> list[Any]:
+            return worker.submit(replied, path, asked, way).result()
+
+        def replied(path: str | None, asked: str, way: str) -> list[Any]:
             try:
                 if path is None:
                     return _failed(gr, "There is no sound yet: record or upload one.")

@@ -102,7 +102,7 @@ def application(asker: Asker, folder: Path, hosts: frozenset[str] | None) -> Any
         theme=page.theme(),
         css=page.style(asker.limits),
     )
-    return Guard(outer, folder, asker.limits.bytes, hosts)
+    return Guard(outer, folder, asker.limits.bytes, hosts, frozenset(blocks.fns))
 
 
 def serve(asker: Asker, bound: socket.socket, host: str, say: Callable[[str], None] = print) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -152,7 +153,7 @@ def _metadata(facts: dict[str, Any], record: dict[str, Any]) -> str:
     }
     if fields["license"] == "other":
         fields["license_name"] = licence
-    if "/" in facts["base_model"] and not PurePath(facts["base_model"]).is_absolute():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", facts["base_model"]) and not Path(facts["base_model"]).exists():
         fields["base_model"] = facts["base_model"]
     return yaml.safe_dump(fields, sort_keys=False)
 
@@ -186,7 +187,7 @@ def _results(run: Path) -> str:
                     f"| {file.parent.name} | {name} | {task['metric']} | {task['score']:.3f} | {interval} |"
                     f" {task['rows']} |"
                 )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             lines.append(f"| {file.parent.name} | cannot be read | | | | |")
     return "\n".join(lines) if len(lines) > 2 else "None were made (`coatkit eval`)."
 

@@ -38,13 +38,23 @@ class Exported:
     Attributes:
         folder: Where.
         files: (name, bytes) of each file.
+        local_base: Folder that an adapter names as its base model, which others do not have; None otherwise.
     """
 
     folder: Path
     files: tuple[tuple[str, int], ...]
+    local_base: str | None = None
 
 
-def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None, step: int | None = None) -> Exported:
+def export(
+    run: Path,
+    to: Path,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    step: int | None = None,
+    base_model: str | None = None,
+) -> Exported:
     """Write a run's model for plain transformers or peft.
 
     Args:
@@ -53,6 +63,8 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
         merge: Put the adapters into the weights and write the whole model, not an adapter.
         dtype: Of the whole model's weights: `float32`, `bfloat16` or `float16`; that of training when left out.
         step: Of the checkpoint; the newest when left out.
+        base_model: OWNER/NAME of the stock model on the hub, where the run had it from a folder: an adapter names its
+            base, and others do not have that folder.
 
     Raises:
         RunError: If there is something at `to`, the run has no checkpoint, or its backbone is no transformers model.
@@ -73,11 +85,11 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        facts = describe(model, merged=merge)
+        facts = describe(model, merged=merge, base_model=base_model)
         if merge:
             backbone.save_merged(partial, DTYPES[dtype] if dtype else None)
         else:
-            backbone.save_adapter(partial)
+            backbone.save_adapter(partial, base_model)
         _save_heads(model, partial)
         (partial / "coatkit.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card(model, facts), encoding="utf-8")
@@ -89,16 +101,17 @@ def export(run: Path, to: Path, *, merge: bool = False, dtype: str | None = None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = sorted((str(f.relative_to(to)), f.stat().st_size) for f in to.rglob("*") if f.is_file())
-    return Exported(to, tuple(files))
+    local = not merge and Path(facts["base_model"]).exists()
+    return Exported(to, tuple(files), facts["base_model"] if local else None)
 
 
-def describe(model: AudioThinker, *, merged: bool) -> dict[str, Any]:
+def describe(model: AudioThinker, *, merged: bool, base_model: str | None = None) -> dict[str, Any]:
     """What coatkit.json holds: all that is needed to lay out the block, and where the model came from."""
     assert model.run is not None
     assert isinstance(model.backbone, HFBackbone)
     spec, record = model.run.read_spec(), model.run.read_record()
     backbone, thinking = model.backbone, model.backbone.thinking
-    base, revision = backbone.base_model()
+    base, revision = (base_model, None) if base_model else backbone.base_model()
     if merged:  # who has the whole model needs no base; an adapter must say where its own is
         base = without_paths(base)
     block = None

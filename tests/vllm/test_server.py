@@ -173,7 +173,7 @@ def test_coatkit_ask(server: Server) -> None:
 
 def test_latency_by_vllms_own_benchmark(server: Server, tmp_path: Path) -> None:
     place = Path(__file__).parent
-    bench = f"env PYTHONPATH={place / 'site'} {sys.executable} {place / 'bench.py'}"
+    bench = f"env PYTHONPATH={place / 'startup'} {sys.executable} {place / 'bench.py'}"
     command = [COATKIT, "latency", str(server.folder / "run"), "--data", str(server.folder / "train.jsonl")]
     command += ["--ranges", "0-2,2-10", "--rows", "2", "--repeats", "1", "--max-new-tokens", "8", "--exactly"]
     command += ["--server", server.url, "--bench", bench, "--out", str(tmp_path / "out")]

@@ -226,7 +226,7 @@ def test_what_is_no_sound_is_told_kindly_and_an_old_answer_goes(page: Page, clip
     [
         (False, "What is heard?", "There is no sound yet"),
         (True, "  ", "There is no question yet"),
-        (True, "<audio><audio>?", "2 <audio> tags for 1 sound"),
+        (True, "<audio><audio>?", "holds <audio> more than once"),
     ],
 )
 def test_what_is_missing_is_told(page: Page, clip: Path, sound: bool, question: str, told: str) -> None:

@@ -16,7 +16,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -39,6 +39,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; background:
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 0 0 .5rem; }
+h3 { font-size: 1.02rem; margin: 0 0 .5rem; }
 p, ul { margin: .25rem 0 .75rem; }
 .soft { color: var(--soft); font-size: .88rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
@@ -104,27 +105,37 @@ if (now) place();
 """
 
 
-def page(title: str, body: Sequence[Html], *, notes: Sequence[str] = (), warnings: Sequence[str] = ()) -> str:
+def page(
+    title: str,
+    body: Sequence[Html],
+    *,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+    style: str = "",
+    playhead: bool = True,
+) -> str:
     """A whole page.
 
     Args:
         body: What stands on it, in order.
         notes: Said in small under the title.
         warnings: Said loudly, first of all.
+        style: CSS of what only this page has; never anything from data.
+        playhead: Whether players move one; without it the page has no script at all.
     """
     loud = "".join(f'<p class="warn" role="note">{text(one)}</p>\n' for one in warnings)
     small = "".join(f'<p class="soft">{text(one)}</p>\n' for one in notes)
-    digest = base64.b64encode(hashlib.sha256(PLAYHEAD.encode()).digest()).decode()
     # Should something ever escape the escaping, it is not run and loads nothing.
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; media-src data:"
-    )
+    policy, script = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:", ""
+    if playhead:
+        digest = base64.b64encode(hashlib.sha256(PLAYHEAD.encode()).digest()).decode()
+        policy, script = f"{policy}; script-src 'sha256-{digest}'", f"<script>{PLAYHEAD}</script>\n"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
-        f"{loud}{small}{''.join(body)}<script>{PLAYHEAD}</script>\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+        f"{loud}{small}{''.join(body)}{script}</body>\n</html>\n"
     )
 
 
@@ -185,11 +196,21 @@ def wav(samples: Any, rate: int) -> bytes:
     return file.getvalue()
 
 
+def base64_wav(samples: Any, rate: int) -> str:
+    """A mono sound [N] at `rate` Hz as `player_of` takes it."""
+    # Not FLAC, half as large: Chromium (156) loses some FLAC files when it seeks in them ("demuxer seek failed").
+    return base64.b64encode(wav(samples, rate)).decode()
+
+
 def player(samples: Any, rate: int, label: str) -> Html:
     """A player of a mono sound [N] at `rate` Hz, which the page holds."""
-    # Not FLAC, half as large: Chromium (156) loses some FLAC files when it seeks in them ("demuxer seek failed").
-    source = f"data:audio/wav;base64,{base64.b64encode(wav(samples, rate)).decode()}"
-    inner = f'<audio controls preload="auto" aria-label="{text(label)}" src="{source}"></audio>'
+    return player_of(base64_wav(samples, rate), label)
+
+
+def player_of(data: str, label: str, preload: Literal["auto", "metadata"] = "auto") -> Html:
+    """A player of a WAV file in base64, which the page holds."""
+    source = f"data:audio/wav;base64,{text(data)}"
+    inner = f'<audio controls preload="{preload}" aria-label="{text(label)}" src="{source}"></audio>'
     return Html(f'<div><p class="soft">{text(label)}</p>{inner}</div>\n')
 
 
