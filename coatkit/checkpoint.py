@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from coatkit.errors import RunError
+from coatkit.errors import RunError, other_format
 from coatkit.sharding import fill, like, whole
 from coatkit.zero import Moments, ZeroOptimizer
 
@@ -98,11 +98,17 @@ def save(
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
         for file in (*partial.iterdir(), partial):
             _sync(file)
-        shutil.rmtree(final, ignore_errors=True)  # one that somebody damaged
+        if final.exists():  # one that somebody damaged
+            gone = folder / f".{final.name}.removed"
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(final, gone)
+            shutil.rmtree(gone)
         os.replace(partial, final)
         _sync(folder)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in complete(folder)[:-keep]:  # under another name first: no checkpoint is ever half there
+            gone = folder / f".{old.name}.removed"
+            os.replace(old, gone)
+            shutil.rmtree(gone)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{final}: cannot be written: {error}\n  Earlier checkpoints are intact.") from None
@@ -129,9 +135,12 @@ def load_position(checkpoint: Path) -> Position:
         state = json.loads((checkpoint / "state.json").read_text())
         written = state.pop("format")
         if written != FORMAT:
-            raise RunError(f"{checkpoint}: format {written}, but this coatkit reads format {FORMAT}")
-        return Position(**state)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{checkpoint}: {other_format(written, FORMAT)}")
+        position = Position(**state)
+        if not all(type(value) is int and 0 <= value < 1 << 53 for value in asdict(position).values()):
+            raise ValueError("it holds what is no number of steps")
+        return position
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{checkpoint}/state.json: damaged: {error}") from None
 
 
@@ -159,16 +168,26 @@ def load_model(checkpoint: Path, model: nn.Module, names: frozenset[str], ignore
 
 
 def load_moments(checkpoint: Path) -> tuple[Moments, list[dict[str, Tensor]]]:
-    """Optimizer state by parameter name, and the random states of each process the run had."""
+    """Optimizer state by parameter name, and the random states of each process the run had.
+
+    Raises:
+        RunError: If the file cannot be read, or a state is not whole.
+    """
     moments: Moments = {}
     random: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _read(checkpoint / "optimizer.safetensors").items():
         name, _, part = key.rpartition("|")
         if name == "random":
             rank, _, device = part.partition(".")
+            if not (rank.isascii() and rank.isdigit() and len(rank) < 10):
+                raise RunError(f"{checkpoint}: damaged: its random states have no process {rank!r:.40}")
             random.setdefault(int(rank), {})[device] = tensor
         else:
             moments.setdefault(name, {})[part] = tensor
+    for name, state in moments.items():
+        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+        if first is None or second is None or "step" not in state or first.shape != second.shape:
+            raise RunError(f"{checkpoint}: damaged: the optimizer state of {name!r:.80} is not whole")
     return moments, [random[rank] for rank in sorted(random)]
 
 
@@ -181,8 +200,15 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random(random: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set torch's random state as it was."""
-    torch.set_rng_state(random["cpu"])
+    """Set torch's random state as it was.
+
+    Raises:
+        RunError: If it is no random state.
+    """
+    try:
+        torch.set_rng_state(random["cpu"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise RunError(f"the checkpoint's random state is damaged: {str(error)[:120]}") from None
     if device.type == "cuda" and "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], device)
 
@@ -243,4 +269,8 @@ def rest_moments(parameters: Iterable[tuple[str, nn.Parameter]], moments: Moment
 
 
 def _fitted(state: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    if wrong := [k for k, v in state.items() if k != "step" and v.shape != parameter.shape]:
+        raise RunError(
+            f"the checkpoint's optimizer state is damaged: {wrong[0]:.40} has another shape than its parameter"
+        )
     return {k: v.clone() if k == "step" else like(parameter, v).clone() for k, v in state.items()}

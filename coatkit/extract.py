@@ -82,6 +82,7 @@ class Extraction:
         self.loaded, self.device, self._open = loaded, torch.device(device), ExitStack()
         self.root = root_of(loaded)
         self.backbone: Backbone | None = None
+        self.ratio = 1.0 if loaded.spec.thinking is None else loaded.spec.thinking.tokens_per_audio_token
         self._runs: dict[str, Callable[[list[sound.Samples], int], list[Tensor]]] = {}
         self._rates: dict[str, int] = {}
         try:
@@ -143,7 +144,7 @@ class Extraction:
             )
             self.backbone.model.eval()
             return self.backbone.preparer.thinking_rate
-        return manifest.frame_rate * (1.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token)
+        return manifest.frame_rate * self.ratio
 
     def _want(self, name: str, dtype: Dtype, python: Path | None) -> Wanted:
         spec = self.loaded.spec
@@ -191,8 +192,9 @@ class Extraction:
 
         def encode(samples: list[sound.Samples], rate: int) -> list[Tensor]:
             audio = AudioBatch.from_arrays(samples, rate).to(self.device)
-            # One position more than the backbone may hear: its count of audio tokens is rounded in its own way.
-            lengths = torch.tensor([math.ceil(float(s) * self.rate) + 1 for s in audio.seconds], device=self.device)
+            # More than the backbone may hear, by one audio token: it rounds their count in its own way.
+            spare = max(1, math.ceil(self.ratio))
+            lengths = torch.tensor([math.ceil(float(s) * self.rate) + spare for s in audio.seconds], device=self.device)
             describe = f"expert {name!r}: encode failed"
             with torch.no_grad(), exact_float32(self.device), foreign_code(lambda e: f"{describe}: {e}"):
                 features: Features = expert.encode(audio)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["expert", "head", "backbone"]
+_LONGEST_NAME = 100
 KINDS: tuple[Kind, ...] = ("expert", "head", "backbone")
 
 
@@ -76,9 +77,30 @@ class Manifest:
         if self.kind not in KINDS:
             raise ValueError(f"manifest {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
         _check_name("manifest", self.name)
+        _check_types(self)
         for label, reference in (("target", self.target), ("options", self.options)):
             if reference is not None and reference.count(":") != 1:
                 raise ValueError(f"manifest {self.name!r}: {label} {reference!r} must look like 'module:Name'")
+
+
+def _check_types(manifest: Manifest) -> None:
+    """A wrong one would stop whatever lists or plans, far from the plugin that gave it.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for field in ("target", "summary", "code_licence", "weights_licence", "citation"):
+        if not isinstance(getattr(manifest, field), str):
+            raise ValueError(f"manifest {manifest.name!r}: {field} must be text")
+    if not isinstance(manifest.options, str | None):
+        raise ValueError(f"manifest {manifest.name!r}: options must be text, or None")
+    numbers = {"sample_rate": int, "dim": int, "frame_rate": int | float, "flops_per_second": int | float}
+    for field, kind in numbers.items():
+        value = getattr(manifest, field)
+        if value is not None and not (isinstance(value, kind) and 0 <= value < 1e18):
+            raise ValueError(f"manifest {manifest.name!r}: {field} must be a number, or None")
+    if not isinstance(manifest.assets, tuple | list) or not all(isinstance(one, Asset) for one in manifest.assets):
+        raise ValueError(f"manifest {manifest.name!r}: assets must be a tuple of Asset")
 
 
 def _check_name(what: str, name: str) -> None:
@@ -89,6 +111,8 @@ def _check_name(what: str, name: str) -> None:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"{what} {name!r}: its name must be text")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"{what} {name[:20]!r}...: its name has over {_LONGEST_NAME} characters")
     if found := [letter for letter in name if letter in "/\\:" or not letter.isprintable()]:
         raise ValueError(f"{what} {name!r}: {found[0]!r} may not stand in its name, which names a file in the cache")
     if name.startswith("."):

@@ -4,6 +4,7 @@ spec.yaml         the resolved spec         metrics.jsonl     one line per step
 run.json          versions and digests      quarantine.jsonl  rows that were set aside
 checkpoints/      see coatkit.checkpoint    skipped.jsonl     steps that gave NaN or Inf
 tensorboard/      the curves                gradients.jsonl   each loss's own gradient, where asked for
+                                            spikes.jsonl      steps whose loss stood out
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from coatkit import __version__, checkpoint
-from coatkit.errors import RunError
+from coatkit.errors import RunError, other_format
 from coatkit.files import write_atomic
 
 FORMAT = 1
@@ -37,6 +38,7 @@ class RunFolder:
         self.quarantine = path / "quarantine.jsonl"
         self.skipped = path / "skipped.jsonl"
         self.gradients = path / "gradients.jsonl"
+        self.spikes = path / "spikes.jsonl"
         self.spec = path / "spec.yaml"
         self.record = path / "run.json"
 
@@ -121,23 +123,31 @@ class RunFolder:
     def read_spec(self) -> dict[str, Any]:
         try:
             data = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunError(f"{self.path}: is not a run folder: {self.spec.name}: {error}") from None
         if not isinstance(data, dict):
             raise RunError(f"{self.spec}: damaged: it holds no keys")
         return data
+
+    def calibrated(self) -> dict[str, float]:
+        """What `calibrate` measured when the run began; empty where it was not asked for."""
+        return dict((self.read_spec().get("calibrate") or {}).get("losses") or {})
 
     def read_record(self) -> dict[str, Any]:
         try:
             data: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(f"{self.path}: is not a run folder: it has no {self.record.name}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{self.path}: is not a run folder: {self.record.name}: {error}") from None
         if not isinstance(data, dict):
             raise RunError(f"{self.record}: damaged: it holds no keys")
         if data.get("format") != FORMAT:
-            raise RunError(f"{self.record}: format {data.get('format')}, but this coatkit reads format {FORMAT}")
+            raise RunError(f"{self.record}: {other_format(data.get('format'), FORMAT)}")
+        if not isinstance(data.get("random_weights", []), list):
+            raise RunError(f"{self.record}: damaged: random_weights is no list")
+        if damaged := _not_mappings(data):
+            raise RunError(f"{self.record}: damaged: {damaged} holds no keys")
         return data
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -148,16 +158,32 @@ class RunFolder:
 
         A quarantined row stays written down whenever it was found: it is counted once.
         """
-        by_step = dict.fromkeys((self.metrics, self.skipped, self.gradients), float(step))
+        by_step = dict.fromkeys((self.metrics, self.skipped, self.gradients, self.spikes), float(step))
         for file, last in {**by_step, self.quarantine: math.inf}.items():
             if file.exists():
                 write_atomic(file, "".join(f"{line}\n" for line in _lines(file) if _step_of(line) <= last))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics."""
+        return [_parsed(line) for line in _lines(self.metrics)] if self.metrics.exists() else []
 
     def quarantined(self) -> set[str]:
         """Reasons of the rows set aside so far."""
         if not self.quarantine.exists():
             return set()
         return {str(reason) for line in _lines(self.quarantine) if (reason := _parsed(line).get("reason"))}
+
+
+def _not_mappings(record: dict[str, Any]) -> str:
+    """The first part of a record that is to hold keys and does not; empty when all do."""
+    for key in ("components", "experts", "data", "backbone", "environment"):
+        group = record.get(key, {})
+        if not isinstance(group, dict):
+            return key
+        for name, entry in group.items() if key in ("components", "experts", "data") else ():
+            if not isinstance(entry, dict):
+                return f"{key}.{name:.80}"
+    return ""
 
 
 def _lines(file: Path) -> list[str]:
@@ -174,7 +200,7 @@ def _parsed(line: str) -> dict[str, Any]:
     """A line of JSON; empty when a crash cut it off."""
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -30,6 +30,7 @@ def describe(loaded: LoadedSpec, model: CoatModel, sources: Mapping[str, tuple[R
         components[place] = entry
     return {
         "name": loaded.spec.name,
+        "folder": str(loaded.folder),
         "random_weights": [p for p, c in loaded.chosen.items() if c.options.get("weights") == "random"],
         "components": components,
         "experts": {
@@ -74,6 +75,9 @@ def opening_lines(loaded: LoadedSpec, record: Mapping[str, Any], begun: int) -> 
     lines.append(f"learns: {learns}; of {record['parameters']['total'] / 1e6:.1f} M in all")
     if bad := sum(d["bad_rows"] for d in record["data"].values()):
         lines.append(f"{bad} bad rows set aside; see {loaded.output / 'quarantine.jsonl'}")
+    if spec.calibrate and spec.calibrate.losses:
+        scales = ", ".join(f"{name} {loss:.3g}" for name, loss in spec.calibrate.losses.items())
+        lines.append(f"calibrated: losses are divided by those of predicting the mean: {scales}")
     lines += [f"note: {note}" for note in loaded.notes]
     if begun:
         lines.append(f"continuing from step {begun} of {spec.total_steps}")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from coatkit.errors import RunError
+from coatkit.errors import RunError, other_format
 from coatkit.files import write_atomic, written_beside
 
 FORMAT = 1
@@ -37,6 +37,9 @@ SHARD_BYTES = 64 << 20
 _RECORD = np.dtype(
     [("key", "S32"), ("shard", "<u4"), ("offset", "<u8"), ("frames", "<u4"), ("dim", "<u4"), ("scale", "<u8")]
 )
+_SUM = 16
+"""Bytes of the digest behind an index."""
+_SIZES = {"F32": 4, "F16": 2, "I8": 1}
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
 
@@ -88,9 +91,11 @@ class About:
         try:
             data = json.loads((folder / "about.json").read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
-                raise RunError(f"{folder}: format {data['format']}, but this coatkit reads {FORMAT}; make it anew")
+                raise RunError(f"{folder}: {other_format(data['format'], FORMAT)}")
+            if not (isinstance(data["name"], str) and isinstance(data["identity"], dict) and data["dtype"] in _NUMPY):
+                raise ValueError("about.json is damaged")
             return cls(data["name"], data["identity"], data["dtype"], data["source"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"{folder}: is no folder of a feature store: {error}") from None
 
 
@@ -122,6 +127,7 @@ class Store:
         index = self.folder / f"index-{digest}.npy"
         self.damaged: list[str] = []
         try:
+            _check_index(index)
             self._index: NDArray[Any] = np.load(index, mmap_mode="r", allow_pickle=False)
             if self._index.dtype != _RECORD:
                 raise ValueError("another layout")
@@ -301,18 +307,31 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError("it is cut off or no shard")
-        header = json.loads(stream.read(length))
+        try:
+            header = json.loads(stream.read(length))
+        except RecursionError:
+            raise ValueError("its header is damaged") from None
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise ValueError("it is no shard")
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    if size != 8 + length + max(ends, default=0):
+    places = [_place(entry) for key, entry in header.items() if key != "__metadata__"]
+    if size != 8 + length + max((stop for _, stop in places), default=0):
         raise ValueError("it is cut off")
     return header, 8 + length
 
 
+def _place(entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)):
+        raise ValueError("its header is damaged")
+    if not 0 <= offsets[0] <= offsets[1]:
+        raise ValueError("its header is damaged")
+    return offsets[0], offsets[1]
+
+
 def _make_index(folder: Path, names: list[str]) -> tuple[NDArray[Any], list[str]]:
     """Records of all sounds by key, and the shards that are damaged."""
-    records: list[tuple[Any, ...]] = []
+    records: list[NDArray[Any]] = []
     damaged = []
     for number, name in enumerate(names):
         try:
@@ -320,14 +339,41 @@ def _make_index(folder: Path, names: list[str]) -> tuple[NDArray[Any], list[str]
             found = []
             for key, entry in header.items():
                 if key != "__metadata__" and not key.endswith(".scale"):
-                    scale = header.get(f"{key}.scale", entry)["data_offsets"][0]
-                    place = start + entry["data_offsets"][0]
-                    found.append((key.encode(), number, place, *entry["shape"], start + scale))
-            records += found
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                    scale = _place(header.get(f"{key}.scale", entry))[0]
+                    begin, end = _place(entry)
+                    frames, dim = entry["shape"]
+                    if frames * dim * _SIZES[entry["dtype"]] != end - begin:
+                        raise ValueError("a shape that is not its tensor's")
+                    found.append((key.encode("ascii"), number, start + begin, frames, dim, start + scale))
+            records.append(np.array(found, _RECORD))  # here: a number that is too large is this shard's fault
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             damaged.append(name)
-    index = np.array(records, _RECORD)
+    index = np.concatenate([np.empty(0, _RECORD), *records])
     return index[np.argsort(index["key"], kind="stable")], damaged
+
+
+def _sum(path: Path, end: int) -> bytes:
+    """A digest of a file without its last `end` bytes."""
+    digest = hashlib.blake2b(digest_size=_SUM)
+    left = path.stat().st_size - end
+    with path.open("rb") as stream:
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def _check_index(path: Path) -> None:
+    """An index that is not as it was written would give one sound another's features.
+
+    Raises:
+        OSError, ValueError: If it is not.
+    """
+    with path.open("rb") as stream:
+        stream.seek(-_SUM, os.SEEK_END)
+        written = stream.read()
+    if written != _sum(path, _SUM):
+        raise ValueError("it is damaged")
 
 
 def _keep_index(folder: Path, path: Path, index: NDArray[Any]) -> None:
@@ -335,6 +381,8 @@ def _keep_index(folder: Path, path: Path, index: NDArray[Any]) -> None:
     try:
         with written_beside(path) as partial, partial.open("wb") as stream:
             np.save(stream, index, allow_pickle=False)
+            stream.flush()
+            stream.write(_sum(partial, 0))
         for old in folder.glob("index-*.npy"):
             if old != path:
                 old.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ prepare, forward, backward, clip, step, log, and save now and then.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from coatkit import checkpoint
 from coatkit.build import build
+from coatkit.calibrate import calibrated
 from coatkit.checkpoint import Position
 from coatkit.data.batches import BatchPlan
 from coatkit.data.rows import Message, Row, Rows
@@ -30,11 +30,13 @@ from coatkit.data.sources import open_data
 from coatkit.data.steps import Batch, Step, StepDataset, load_batch
 from coatkit.errors import CoatkitError, DataError, RunError
 from coatkit.features import open_stores
-from coatkit.gradients import look
+from coatkit.gradients import look_into, refuse_sharded
+from coatkit.journal import Journal
 from coatkit.model import CoatModel, whose
 from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
 from coatkit.parallel import Learner, Team, summed
 from coatkit.progress import TrainingProgress
+from coatkit.recovery import Hold, follow, newest_sound
 from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
 from coatkit.spec import StageSpec
@@ -67,10 +69,11 @@ class Session:
     stores: dict[str, Store] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
     moments: Moments = field(default_factory=dict)  # of what no optimizer holds now; shards where parameters are
-    bad_rows: set[str] = field(default_factory=set)
+    said: list[str] = field(default_factory=list)  # for a person, before the bar starts
     filler: Batch | None = None
 
     def __post_init__(self) -> None:
+        self.journal = Journal(self.run, self.loaded.spec, self.team.leads)
         if self.team.shards:
             row = Row("filler", (Message("user", "a"), Message("assistant", "b")), ())
             preparer = self.model.backbone.preparer
@@ -83,49 +86,77 @@ def train(loaded: LoadedSpec, *, resume: bool = False) -> Result:
     """Train all stages of a spec, or continue where its run folder stands.
 
     Raises:
-        RunError: If the folder holds another run, or too many steps gave NaN or Inf.
+        RunError: If the folder holds another run or is held by another process, too many steps gave NaN or Inf, or the
+            machine refused something; what was saved before is intact.
         DataError: If rows are bad; names them.
     """
+    with Hold(loaded.output) as hold:
+        return _train(loaded, resume, hold)
+
+
+def _train(loaded: LoadedSpec, resume: bool, hold: Hold) -> Result:
     spec = loaded.spec
     run = RunFolder(loaded.output)
     team = Team()
     if not resume:
         team.once(run.refuse_if_taken)
+    team.once(lambda: hold.take() if run.path.exists() else None)  # before minutes of loading
     torch.manual_seed(spec.seed + team.rank)  # each process drops out its own
-    if spec.gradients_every and (team.shards or team.zero_stage):
-        raise RunError("gradients_every: losses cannot be told apart where parameters are sharded; set it to 0")
+    if team.shards or team.zero_stage:
+        refuse_sharded(spec)
     model = build(loaded, str(team.device))
-    for stage in spec.stages:  # what a later stage cannot do is found before training
-        group_parameters(model, stage, spec.optimizer.weight_decay)
-        if stage.batch.pack and model.backbone.cannot_pack:
-            raise RunError(
-                f"stage {stage.name!r}: batch.pack: rows of {spec.backbone.use} cannot be packed:"
-                f" {model.backbone.cannot_pack}; leave it out"
-            )
+    check_stages(loaded, model)
     stores = open_stores(loaded, model)
-    sources = _read_data(loaded, model, team)
+    sources = read_data(loaded, model, team)
+    if spec.calibrate:
+        known = run.calibrated() if resume and run.record.exists() else {}
+        loaded = calibrated(loaded, model, sources, stores, known, team.gather)
+    team.once(hold.take)
     record = describe(loaded, model, sources)
     with Stop() as stop, _deterministic(team.device):
         session = Session(loaded, team, model, run, sources, stop, stores)
         # One looks for all: another might look when the first has begun to write.
         if team.gather(resume and run.record.exists())[0]:
-            team.once(lambda: run.check_same(loaded.resolved(), record, _as_now(run)))
+            team.once(lambda: _check_same(session, record))
             _restore(session)
         else:
             team.once(lambda: run.start(loaded.resolved(), record))
-            _quarantine(session, [reason for _, found in sources.values() for _, reason in found.bad])
+            session.journal.quarantine(0, [reason for _, found in sources.values() for _, reason in found.bad])
         begun = session.position.step
         with (
             SummaryWriter(str(run.path / "tensorboard"), purge_step=begun) if team.leads else nullcontext() as board,
             TrainingProgress(spec.total_steps, begun, quiet=not team.leads) as progress,
         ):
-            for line in opening_lines(loaded, record, begun):
+            for line in opening_lines(loaded, record, begun) + session.said:
                 progress.say(line)
             # Asked of all: a signal that lands between two stages would part them otherwise.
             while session.position.stage < len(spec.stages) and not any(team.gather(stop.asked)):
                 _train_stage(session, board, progress)
         team.part()
         return Result(run.path, session.position, session.position.stage == len(spec.stages))
+
+
+def check_stages(loaded: LoadedSpec, model: CoatModel) -> None:
+    """Find what a later stage cannot do, before training.
+
+    Raises:
+        RunError: Naming the stage.
+    """
+    spec = loaded.spec
+    for stage in spec.stages:
+        group_parameters(model, stage, spec.optimizer.weight_decay)
+        if stage.batch.pack and model.backbone.cannot_pack:
+            raise RunError(
+                f"stage {stage.name!r}: batch.pack: rows of {spec.backbone.use} cannot be packed:"
+                f" {model.backbone.cannot_pack}; leave it out"
+            )
+
+
+def _check_same(session: Session, record: dict[str, Any]) -> None:
+    run, resolved = session.run, session.loaded.resolved()
+    if moved := follow(run, session.loaded.folder):
+        session.said.append(moved)
+    run.check_same(resolved, record, _as_now(run))
 
 
 def _as_now(run: RunFolder) -> dict[str, Any] | None:
@@ -153,10 +184,7 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
     """The rest of the stage the session stands in."""
     spec, position, model, team = session.loaded.spec, session.position, session.model, session.team
     stage = spec.stages[position.stage]
-    for name, head in model.heads.items():
-        head.requires_grad_(name in stage.active or team.shards)  # a sharded model keeps what it was sharded with
-    wrapped = team.spread(model, model.backbone.units())
-    groups, named = group_parameters(model, stage, spec.optimizer.weight_decay)
+    wrapped, groups, named = let_learn(session, stage)
     fused = team.device.type == "cuda"  # one kernel for all that learns
     adamw = torch.optim.AdamW(groups, betas=spec.optimizer.betas, eps=spec.optimizer.eps, fused=fused)
     wrapped, optimizer = team.divide(wrapped, adamw, named, spec.optimizer.clip_norm)
@@ -164,12 +192,13 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
     checkpoint.rest_moments(model.named_parameters(), session.moments)
     model.train()
     started = time.perf_counter()
-    for share in _steps(session, stage):
+    for share in steps_of(session, stage):
         step = _agree(session, share)
         shape = schedule(stage, position.stage_step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * shape
-        _look(session, step, stage)
+        if spec.gradients_every and position.step % spec.gradients_every == 0 and team.leads and any(step.batches):
+            look_into(session.run.gradients, position.step + 1, stage, model, step.batches, spec.weights_of(stage))
         sums = _accumulate(session, wrapped, optimizer, step, stage)
         terms, norm = _fetch(session, stage, sums, team.clip(optimizer, named.values(), spec.optimizer.clip_norm))
         healthy = bool(terms) and math.isfinite(norm) and all(math.isfinite(v) for v in terms.values())
@@ -185,11 +214,13 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
             "rows": len(step.row_ids),
             "epoch": share.epoch,
         }
-        _log(session, board, stage, {**numbers, "seconds": time.perf_counter() - started})
+        numbers["seconds"] = time.perf_counter() - started
+        if spike := session.journal.log(position, stage.name, numbers, step.row_ids, board):
+            progress.say(spike)
         started = time.perf_counter()  # so that a step's time holds the wait for its rows, and saving after the last
         progress.step(position.step, stage.name, terms)
         if not healthy:
-            _skip(session, step, terms, norm)
+            session.journal.skip(position, step.row_ids, terms, norm)
         stopping = any(team.gather(session.stop.asked))
         last = position.stage_step == stage.steps
         if last or stopping or position.stage_step % spec.checkpoint.every == 0:
@@ -204,6 +235,22 @@ def _train_stage(session: Session, board: SummaryWriter | None, progress: Traini
             session.stop.asked = True
             break
     team.release(optimizer)
+
+
+def let_learn(session: Session, stage: StageSpec) -> tuple[nn.Module, list[dict[str, Any]], dict[str, nn.Parameter]]:
+    """The model over all processes, and groups and names of what learns in a stage; the rest gets no gradient.
+
+    Heads of other experts rest, and parts whose rate is 0.
+    """
+    model, team, decay = session.model, session.team, session.loaded.spec.optimizer.weight_decay
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in session.names)  # parts are told by it, and some may have rested until now
+    if team.shards:  # a sharded model has other parameters from then on, and keeps what it was sharded with
+        return team.spread(model, model.backbone.units()), *group_parameters(model, stage, decay)
+    groups, named = group_parameters(model, stage, decay)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in named)
+    return team.spread(model, model.backbone.units()), groups, named
 
 
 @dataclass(frozen=True)
@@ -229,7 +276,7 @@ def _agree(session: Session, share: Step) -> TeamStep:
     errors, bad, row_ids, all_answers, all_thinking = zip(*shares, strict=True)
     if error := next(filter(None, errors), None):
         raise DataError(error)
-    _quarantine(session, [reason for reasons in bad for reason in reasons])
+    session.journal.quarantine(session.position.step, [reason for reasons in bad for reason in reasons])
     return TeamStep(share.batches, [i for ids in row_ids for i in ids], sum(all_answers), sum(all_thinking))
 
 
@@ -243,7 +290,7 @@ def _accumulate(
     team = session.team
     if not step.row_ids:
         return {}
-    weights = stage.loss_weights
+    weights = session.loaded.spec.weights_of(stage)
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         last = i == len(step.batches) - 1
@@ -261,17 +308,6 @@ def _accumulate(
     return terms
 
 
-def _look(session: Session, step: TeamStep, stage: StageSpec) -> None:
-    """Now and then, write down each loss's own gradient on what all share; on the first process's first rows."""
-    every, position = session.loaded.spec.gradients_every, session.position
-    batch = next((b for b in step.batches if b is not None), None)
-    if not every or position.step % every or not session.team.leads or batch is None:
-        return
-    seen = look(session.model, batch, stage.active, stage.loss_weights)
-    with session.run.gradients.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": position.step + 1, "stage": stage.name, **seen}, ensure_ascii=False) + "\n")
-
-
 def _fetch(
     session: Session, stage: StageSpec, parts: dict[str, Tensor], norm: Tensor
 ) -> tuple[dict[str, float], float]:
@@ -283,28 +319,19 @@ def _fetch(
     shares = session.team.gather(dict(zip(parts, values, strict=True)))
     if not any(shares):
         return {}, length
-    found, weights = summed(shares), stage.loss_weights
+    found, weights = summed(shares), session.loaded.spec.weights_of(stage)
     return {**found, "loss": sum(weights[whose(name)] * value for name, value in found.items())}, length
 
 
-def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
+def steps_of(session: Session, stage: StageSpec) -> Iterable[Step]:
     """This process's share of the stage's remaining steps, prepared."""
     spec, position = session.loaded.spec, session.position
     rows, found = session.sources[session.loaded.rows_of(stage).model_dump_json()]
     plan = BatchPlan(found.costs[found.good], stage.batch, (spec.seed, position.stage))
     stores = {name: store for name, store in session.stores.items() if name in stage.active or name == "tower"}
     rates = {session.model.experts[name].sample_rate for name in stage.active if name not in stores}
-    dataset = StepDataset(
-        rows,
-        found.good,
-        plan,
-        session.model.backbone.preparer,
-        rates,
-        spec.data,
-        session.team.rank,
-        session.team.size,
-        stores,
-    )
+    preparer, team = session.model.backbone.preparer, session.team
+    dataset = StepDataset(rows, found.good, plan, preparer, rates, spec.data, team.rank, team.size, stores)
     return DataLoader(
         dataset,
         batch_size=None,
@@ -312,11 +339,11 @@ def _steps(session: Session, stage: StageSpec) -> Iterable[Step]:
         num_workers=spec.data.workers,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
-        pin_memory=session.team.device.type == "cuda",
+        pin_memory=team.device.type == "cuda",
     )
 
 
-def _read_data(loaded: LoadedSpec, model: CoatModel, team: Team) -> dict[str, tuple[Rows, Scan]]:
+def read_data(loaded: LoadedSpec, model: CoatModel, team: Team) -> dict[str, tuple[Rows, Scan]]:
     """Open and check everything the stages draw from, by what the spec says of it; each process looks at its share."""
     spec, preparer = loaded.spec, model.backbone.preparer
     ratio = 0.0 if spec.thinking is None else spec.thinking.tokens_per_audio_token
@@ -329,56 +356,6 @@ def _read_data(loaded: LoadedSpec, model: CoatModel, team: Team) -> dict[str, tu
             share = (team.rank, team.size)
             sources[key] = (rows, scan(rows, preparer, spec.data, ratio, keep=keep, share=share, gather=team.gather))
     return sources
-
-
-def _quarantine(session: Session, reasons: list[str]) -> None:
-    """Write bad rows down, each once however often it comes up, and stop when there are more than the spec allows."""
-    fresh = [reason for reason in dict.fromkeys(reasons) if reason not in session.bad_rows]
-    if not fresh:
-        return
-    if session.team.leads:
-        with session.run.quarantine.open("a", encoding="utf-8") as stream:
-            for reason in fresh:
-                stream.write(json.dumps({"step": session.position.step, "reason": reason}, ensure_ascii=False) + "\n")
-    session.bad_rows.update(fresh)
-    limit = session.loaded.spec.data.max_bad_rows
-    if len(session.bad_rows) > limit:
-        raise DataError(
-            f"{len(session.bad_rows)} bad rows are more than data.max_bad_rows: {limit}; they are listed in"
-            f" {session.run.quarantine}. What was saved before is intact."
-        )
-
-
-def _skip(session: Session, step: TeamStep, terms: dict[str, float], norm: float) -> None:
-    """Count a step that gave NaN or Inf, or had no usable row, and write its rows down."""
-    session.position.skipped += 1
-    line = {"step": session.position.step, "rows": step.row_ids, "terms": {k: str(v) for k, v in terms.items()}}
-    if session.team.leads:
-        with session.run.skipped.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({**line, "grad_norm": str(norm)}) + "\n")
-    limit = session.loaded.spec.optimizer.max_skipped
-    if session.position.skipped > limit:
-        wrong = [name for name, value in terms.items() if not math.isfinite(value)]
-        raise RunError(
-            f"{session.position.skipped} steps gave NaN or Inf or no usable row, more than optimizer.max_skipped:"
-            f" {limit}; their rows are listed in {session.run.skipped}.\n"
-            f"  Not finite in the last: {', '.join(wrong) or 'the gradient, or no row was usable'}."
-            " What was saved before is intact.\n"
-            "  If it is one expert's term, look at what it encodes; else a lower learning rate may help a new run."
-        )
-
-
-def _log(session: Session, board: SummaryWriter | None, stage: StageSpec, numbers: dict[str, float]) -> None:
-    """One line of metrics, and the same numbers for TensorBoard; from the first process."""
-    if board is None:
-        return
-    position = session.position
-    where: dict[str, Any] = {"step": position.step, "stage": stage.name, "stage_step": position.stage_step}
-    finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}  # JSON has no NaN
-    with session.run.metrics.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({**where, **finite}) + "\n")
-    for name, value in numbers.items():
-        board.add_scalar(name.replace(".", "/"), value, position.step)
 
 
 def _save(session: Session, moments: Moments) -> None:
@@ -396,8 +373,11 @@ def _save(session: Session, moments: Moments) -> None:
 
 
 def _restore(session: Session) -> None:
-    """Go back to the newest checkpoint; without one the run begins again."""
-    team, newest = session.team, session.run.latest()
+    """Go back to the newest checkpoint that is whole; without one the run begins again."""
+    team, found = session.team, list[tuple[Path | None, list[str]]]()
+    team.once(lambda: found.append(newest_sound(session.run)))  # one looks for all
+    newest, damage = team.gather(found)[0][0]
+    session.said += damage
     if newest is not None:
         session.position = checkpoint.load_position(newest)
         checkpoint.load_model(newest, session.model, session.names)
@@ -407,4 +387,4 @@ def _restore(session: Session) -> None:
         else:  # more processes than the run had: rows and their order stay, dropout is drawn anew
             torch.manual_seed(session.loaded.spec.seed + team.rank + 1000 * session.position.step)
     team.once(lambda: session.run.cut_after(session.position.step))
-    session.bad_rows = session.run.quarantined()
+    session.journal.take_up()

@@ -182,10 +182,41 @@ def test_where_and_how_often_is_saved_may_change(begun: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, "state.json"])
-def test_a_damaged_checkpoint_is_named(begun: Any, name: str) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    begun: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = begun.folder / f"run/checkpoints/step-00000002/{name}"
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(RunError, match=rf"step-00000002/{name}: (cannot be read|damaged)"):
+    assert begun.train(resume=True).result.finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"step-00000002/{name}: " in said
+    assert "going back to the checkpoint before: step-00000001" in said
+    assert (begun.folder / f"run/checkpoints/damaged-step-00000002/{name}").stat().st_size == 20
+    assert_equal(begun.folder / "run", begun.whole)
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_kept(begun: Any) -> None:
+    for path in (begun.folder / "run/checkpoints").glob("step-*"):
+        (path / "model.safetensors").unlink()
+    before = sorted((begun.folder / "run/checkpoints").glob("step-*"))
+    with pytest.raises(RunError, match=r"(?s)step-00000002/model.safetensors: .*No checkpoint of this run is whole"):
+        begun.train(resume=True)
+    assert sorted((begun.folder / "run/checkpoints").glob("step-*")) == before
+
+
+def test_a_moved_project_goes_on_where_it_is(begun: Any, tmp_path: Path) -> None:
+    before, begun.folder = begun.folder, tmp_path / "elsewhere"
+    shutil.move(before, begun.folder)
+    assert begun.train(resume=True).result.finished
+    assert_equal(begun.folder / "run", begun.folder / "whole")
+    assert str(before) not in (begun.folder / "run/spec.yaml").read_text()
+
+
+def test_a_moved_project_whose_data_changed_is_refused(begun: Any, tmp_path: Path) -> None:
+    before, begun.folder = begun.folder, tmp_path / "elsewhere"
+    shutil.move(before, begun.folder)
+    begun.rows[0]["messages"][1]["content"] = "something else"
+    with pytest.raises(RunError, match=r"changed since: data\..*train\.jsonl\.sha256"):
         begun.train(resume=True)
 
 

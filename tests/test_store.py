@@ -192,7 +192,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path, range(2))
     text = (folder / "about.json").read_text()
     (folder / "about.json").write_text(text.replace('"format": 1', '"format": 9'))
-    with pytest.raises(RunError, match="format 9, but this coatkit reads 1"):
+    with pytest.raises(RunError, match="format 9, but this coatkit reads format 1; a newer coatkit wrote it: upgrade"):
         Store(folder)
 
 
