@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,6 +27,8 @@ from coatkit.thought import Mind, Thought
 
 AudioLike = str | Path | AudioRef | tuple[np.ndarray, int]
 """A file, a stretch of one, or mono samples [N] with their sample rate in Hz."""
+Turn = tuple[AudioLike | None, str, str]
+"""An earlier turn of a conversation: its sound if it had one, what was asked, and what was answered."""
 
 
 class AudioThinker:
@@ -97,6 +98,7 @@ class AudioThinker:
         audio: AudioLike | None,
         question: str,
         *,
+        history: Sequence[Turn] = (),
         return_thinking: Literal[False] = False,
         max_new_tokens: int = 64,
         **options: Any,
@@ -108,6 +110,7 @@ class AudioThinker:
         audio: AudioLike | None,
         question: str,
         *,
+        history: Sequence[Turn] = (),
         return_thinking: Literal[True],
         max_new_tokens: int = 64,
         **options: Any,
@@ -118,6 +121,7 @@ class AudioThinker:
         audio: AudioLike | None,
         question: str,
         *,
+        history: Sequence[Turn] = (),
         return_thinking: bool = False,
         max_new_tokens: int = 64,
         **options: Any,
@@ -125,6 +129,7 @@ class AudioThinker:
         """The answer to one question; `options` go to the model's `generate`.
 
         Args:
+            history: The turns before it, the earliest first. One with a sound has a block before its answer.
             return_thinking: Give (answer, thought): the states at the thinking positions, what the heads make of them,
                 and the readouts. It costs a second pass over the prompt.
 
@@ -132,7 +137,7 @@ class AudioThinker:
             DataError: If the sound cannot be read, or is too short or too long to be heard.
             RunError: If thinking is to be returned and the model comes from no run.
         """
-        row = asked(audio, question)
+        row = asked(audio, question, history=history)
         (answer,) = self.answer([row], max_new_tokens=max_new_tokens, **options)
         return (answer, self.think([row])[0]) if return_thinking else answer
 
@@ -144,37 +149,62 @@ class AudioThinker:
         return self.answer(rows, max_new_tokens=max_new_tokens, **options)
 
     def stream(
-        self, audio: AudioLike | None, question: str, *, max_new_tokens: int = 64, **options: Any
+        self,
+        audio: AudioLike | None,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        max_new_tokens: int = 64,
+        **options: Any,
     ) -> Iterator[str]:
         """The answer to one question in pieces, as they are decoded; decoding ends when nobody takes more.
 
         Raises:
             DataError: As `ask`.
         """
-        return pieces(self.backbone, self.prepare([asked(audio, question)]), max_new_tokens=max_new_tokens, **options)
+        row = asked(audio, question, history=history)
+        return pieces(self.backbone, self.prepare([row]), max_new_tokens=max_new_tokens, **options)
 
 
-def asked(audio: AudioLike | None, question: str, name: str = "question 1") -> Row:
+def asked(audio: AudioLike | None, question: str, name: str = "question 1", *, history: Sequence[Turn] = ()) -> Row:
     """A question as a row, its id `name`; a None sound asks about text alone.
 
+    Args:
+        history: The turns before it, the earliest first.
+
     Raises:
-        DataError: If the question is empty, or its tags do not match the sound.
+        DataError: If a question is empty or its tags do not match its sound, or an earlier answer is empty or has one.
     """
-    ref = None
+    messages: list[Message] = []
+    refs: list[AudioRef] = []
+    for number, (heard, said, answer) in enumerate(history, 1):
+        turn = f"{name}, turn {number}"
+        refs += _put(messages, heard, said, turn)
+        if not answer.strip() or AUDIO_TAG in answer:
+            wrong = f"holds {AUDIO_TAG}" if answer.strip() else "is empty"
+            raise Row(turn, (), (), turn).fail(f"its answer {wrong}; give what was answered")
+        messages.append(Message("assistant", answer))
+    own = _put(messages, audio, question, name)
+    return Row(name, tuple(messages), (*refs, *own), str(own[0]) if own else name)
+
+
+def _put(messages: list[Message], audio: AudioLike | None, question: str, name: str) -> list[AudioRef]:
+    """Add a question to a conversation; its sound, if there is one."""
+    refs: list[AudioRef] = []
     if isinstance(audio, tuple):
-        ref = AudioRef(Path(name), samples=audio)
+        refs = [AudioRef(Path(name), samples=audio)]
     elif audio is not None:
-        ref = audio if isinstance(audio, AudioRef) else AudioRef(Path(audio))
-    refs = () if ref is None else (ref,)
-    row = Row(name, (Message("user", question),), refs, name if ref is None else str(ref))
+        refs = [audio if isinstance(audio, AudioRef) else AudioRef(Path(audio))]
+    place = Row(name, (), (), str(refs[0]) if refs else name)
     if not question.replace(AUDIO_TAG, "").strip():
-        raise row.fail("the question is empty")
+        raise place.fail("the question is empty")
     tags = question.count(AUDIO_TAG)
     if refs and not tags:
-        return replace(row, messages=(Message("user", AUDIO_TAG + question),))
+        question, tags = AUDIO_TAG + question, 1
     if tags != len(refs):
-        raise row.fail(f"the question has {tags} {AUDIO_TAG} tags for {len(refs)} sound(s)")
-    return row
+        raise place.fail(f"the question has {tags} {AUDIO_TAG} tags for {len(refs)} sound(s)")
+    messages.append(Message("user", question))
+    return refs
 
 
 def load(run: str | Path, *, trained: bool = True, step: int | None = None, device: str | None = None) -> AudioThinker:
@@ -198,7 +228,10 @@ def load(run: str | Path, *, trained: bool = True, step: int | None = None, devi
         chosen.component, chosen.options, loaded.spec.thinking, loaded.spec.seed, _device(device)
     )
     if backbone.fingerprint() != record.get("backbone", {}).get("fingerprint"):
-        raise RunError(f"{folder.path}: the backbone's weights are not those the run was trained on")
+        raise RunError(
+            f"{folder.path}: the backbone's weights are not those the run was trained on; fetch those that its run.json"
+            " names, or use the coatkit that wrote it"
+        )
     newest = folder.learnt(step) if trained else None
     if newest is not None:
         put_learnt(backbone, newest)

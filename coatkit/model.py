@@ -142,10 +142,7 @@ class CoatModel(nn.Module):
         lengths = batch.inputs.think_lengths.to(device, non_blocking=True)
         for name in active:
             expert = self.experts[name]
-            if name in batch.stored:
-                target = batch.stored[name].to(device, non_blocking=True)
-            else:
-                target = self.target(name, batch, out.audio, lengths)
+            target = self.target(name, batch, out.audio, lengths)
             with _named(name, "head", batch.inputs.row_ids):
                 predicted = self.predict(name, out.thinking.float(), mask)
             with exact_float32(device), _named(name, "loss", batch.inputs.row_ids):
@@ -168,8 +165,10 @@ class CoatModel(nn.Module):
 
     @torch.no_grad()
     def target(self, name: str, batch: Batch, heard: BackboneAudio, lengths: Tensor) -> Tensor:
-        """What an expert makes of the batch's sounds, at the thinking positions: [A, M, dim]."""
+        """What an expert makes of the batch's sounds, at the thinking positions: [A, M, dim]; stored or computed."""
         expert, device = self.experts[name], lengths.device
+        if name in batch.stored:
+            return batch.stored[name].to(device, non_blocking=True)
         audio = batch.audio[expert.sample_rate].to(device)
         audio.backbone = heard if expert.uses_backbone else None
         # A teacher works in float32, whatever the backbone's type.
@@ -177,6 +176,15 @@ class CoatModel(nn.Module):
             features = expert.encode(audio)
             check_features(features, audio, expert)
             return align(features, lengths, self.backbone.preparer.thinking_rate, expert.upsampling)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """What experts make of a batch's sounds, each [A, M, dim]; none where the batch has no sound."""
+        out = self.backbone.forward(batch.inputs)
+        if out.thinking is None or out.audio is None:
+            return {}
+        lengths = batch.inputs.think_lengths.to(out.thinking.device)
+        return {name: self.target(name, batch, out.audio, lengths) for name in names}
 
     def _nothing(self, together: bool) -> Tensor:
         # What is still sharded at this point belongs to units that every process runs.

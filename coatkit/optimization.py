@@ -20,10 +20,10 @@ def group_parameters(
     """AdamW groups of what learns in a stage, each with its `peak` rate, and the same parameters by name.
 
     A part's rate is `lr[part]`, for heads `lr[heads.NAME]` or `lr[heads]`, else `lr[default]`. Vectors (biases,
-    norms) get no weight decay.
+    norms) get no weight decay. A part whose rate is 0 rests: it is in no group.
 
     Raises:
-        RunError: If `lr` names a part that nothing trainable belongs to.
+        RunError: If `lr` names a part that nothing trainable belongs to, or nothing learns.
     """
     parts = {
         part: parameters
@@ -42,10 +42,10 @@ def group_parameters(
             (weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),
         ):
-            if chosen:
+            if chosen and rate:
                 groups.append({"params": chosen, "peak": rate, "lr": rate, "weight_decay": decay})
     if not groups:
-        raise RunError(f"stage {stage.name!r}: nothing learns; check backbone.train and the stage's weights")
+        raise RunError(f"stage {stage.name!r}: nothing learns; check backbone.train, the stage's weights and its lr")
     members = {id(p) for group in groups for p in group["params"]}
     return groups, {name: p for name, p in model.named_parameters() if id(p) in members}
 

@@ -193,7 +193,7 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, row: RowShape | Sequence[
     }
     backbone, sketch = network.backbone, network.sketch
     parts = {**backbone.parts(), **{f"heads.{name}": list(head.parameters()) for name, head in network.heads.items()}}
-    dtype = spec.cache.dtype
+    dtype, stored_rate = spec.cache.dtype, backbone.preparer.frame_rate * network.lengths.ratio
     return Plan(
         trainable={part: sum(p.numel() for p in parameters) for part, parameters in parts.items()},
         frozen=dict(sketch.frozen)
@@ -202,7 +202,8 @@ def make_plan(loaded: LoadedSpec, *, devices: int = 1, row: RowShape | Sequence[
         hours=sum(rows.seconds for rows in sources.values()) / 3600,
         stages=stages,
         store={
-            name: different_seconds(taught[name]) * expert.frame_rate * (expert.dim * _BYTES[dtype] + scale)
+            # The store keeps targets at the thinking positions, whatever the expert's own rate.
+            name: different_seconds(taught[name]) * stored_rate * (expert.dim * _BYTES[dtype] + scale)
             for scale in [4.0 if dtype == "int8" else 0.0]
             for name, expert in experts.items()
             if not expert.uses_backbone

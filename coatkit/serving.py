@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def ask_server(
     question: str,
     *,
     model: str | None = None,
+    history: Sequence[tuple[Path | AudioRef | None, str, str]] = (),
     max_new_tokens: int = 64,
-    audio_think_len: int | None = None,
+    audio_think_len: int | Sequence[int] | None = None,
     timeout: float = 300.0,
 ) -> str:
     """The answer of a server to one question, decoded greedily.
@@ -39,8 +41,9 @@ def ask_server(
         url: Of the server, with or without `/v1`.
         audio: None asks about text alone.
         model: Its name on the server; the first the server lists when left out.
-        audio_think_len: Thinking positions of the block, for a server that does not expand it by itself
-            (docs/serving.md has the formula).
+        history: The turns before it, the earliest first: (sound or None, question, answer).
+        audio_think_len: Thinking positions of the block, or of each block of a conversation, for a server that does
+            not expand it by itself (docs/serving.md has the formula).
         timeout: Seconds to wait for the answer.
 
     Raises:
@@ -48,8 +51,9 @@ def ask_server(
         RunError: If the server cannot be reached or refuses; says what it said.
         PluginError: If openai is not installed.
     """
-    extra = {} if audio_think_len is None else {"chat_template_kwargs": {"audio_think_len": audio_think_len}}
-    reply = _asked(url, audio, question, model, max_new_tokens, timeout, extra)
+    length = list(audio_think_len) if isinstance(audio_think_len, Sequence) else audio_think_len
+    extra = {} if length is None else {"chat_template_kwargs": {"audio_think_len": length}}
+    reply = _asked(url, [*history, (audio, question, None)], model, max_new_tokens, timeout, extra)
     try:
         return (reply.choices[0].message.content or "").strip()
     except (IndexError, AttributeError, TypeError) as error:
@@ -62,7 +66,7 @@ def ask_ids(url: str, audio: Path | AudioRef | None, question: str) -> list[int]
     Raises:
         RunError: As `ask_server`, or if the server does not tell.
     """
-    reply = _asked(url, audio, question, None, 1, 300.0, {"return_token_ids": True})
+    reply = _asked(url, [(audio, question, None)], None, 1, 300.0, {"return_token_ids": True})
     ids = getattr(reply, "prompt_token_ids", None)
     if not isinstance(ids, list):
         raise RunError(f"{api_of(url)}: does not tell the prompt's ids; vLLM's server does")
@@ -77,24 +81,18 @@ def api_of(url: str) -> str:
 
 def _asked(
     url: str,
-    audio: Path | AudioRef | None,
-    question: str,
+    turns: Sequence[tuple[Path | AudioRef | None, str, str | None]],
     model: str | None,
     max_new_tokens: int,
     timeout: float,
     extra: dict[str, Any],
 ) -> Any:
-    """A server's reply, as openai gives it; errors as `ask_server`."""
-    if not question.strip():
-        raise DataError("the question is empty")
-    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if audio is not None:
-        ref = audio if isinstance(audio, AudioRef) else AudioRef(audio)
-        data = base64.b64encode(wav(ref)).decode()
-        parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+    """A server's reply to the last of some turns, which has no answer, as openai gives it; errors as `ask_server`."""
+    messages = [message for turn in turns for message in _messages(*turn)]
     openai, base = library("openai", extra="serve"), api_of(url)
     if re.fullmatch(r"https?://(\[[0-9a-fA-F:]+\]|[^/:\s]+)(:\d{1,5})?(/\S*)?", base) is None:
-        raise RunError(f"{base}: is no address of a server; write it like http://localhost:8000")
+        shown = re.sub(r"//[^/]*@", "//...@", base)  # a password stays out of messages, which are kept in logs
+        raise RunError(f"{shown}: is no address of a server; write it like http://localhost:8000, without a password")
     # A server of one's own wants no key; openai will not start without one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     try:
@@ -102,7 +100,7 @@ def _asked(
             name = model or next(iter(client.models.list().data)).id
             return client.chat.completions.create(
                 model=name,
-                messages=[{"role": "user", "content": parts}],
+                messages=messages,
                 max_tokens=max_new_tokens,
                 temperature=0,
                 extra_body=extra,
@@ -116,6 +114,21 @@ def _asked(
         raise RunError(f"{base}: cannot be reached: {reason}; is the server running?") from None
     except (openai.OpenAIError, StopIteration, IndexError, AttributeError, TypeError, ValueError) as error:
         raise RunError(f"{base}: does not answer as OpenAI's API does: {error or type(error).__name__}") from None
+
+
+def _messages(audio: Path | AudioRef | None, question: str, answer: str | None) -> list[dict[str, Any]]:
+    """A turn as OpenAI's API has it: the sound before the question, then the answer if there is one."""
+    if not question.strip():
+        raise DataError("the question is empty" if answer is None else "a question of the history is empty")
+    if answer is not None and not answer.strip():
+        raise DataError("an answer of the history is empty; give what was answered")
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if audio is not None:
+        ref = audio if isinstance(audio, AudioRef) else AudioRef(audio)
+        data = base64.b64encode(wav(ref)).decode()
+        parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+    said = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": parts}, *said]
 
 
 def wav(ref: AudioRef) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 
 def _no_nul(value: str) -> str:
@@ -22,6 +22,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def unit(name: str) -> dict[str, JsonValue]:
+    """What a field's number counts or measures, for `coatkit explain` and the schema."""
+    return {"unit": name}
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float | bool) else value
 
@@ -30,16 +35,31 @@ def _as_values(value: Any) -> Any:
     return [None] if value is None else _as_list(value)
 
 
+_Value = str | int | float | bool | None
+
+
 class FilterSpec(Strict):
     """Which rows are taken; a row must satisfy all of it."""
 
-    min_seconds: float | None = Field(None, ge=0, description="least seconds of sound in a row, all sounds together")
-    max_seconds: float | None = Field(None, gt=0, description="most seconds of sound in a row, all sounds together")
-    language: Annotated[list[Text], BeforeValidator(_as_list)] | None = Field(
+    min_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="least seconds of sound in a row, all sounds together",
+        json_schema_extra=unit("seconds"),
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="most seconds of sound in a row, all sounds together", json_schema_extra=unit("seconds")
+    )
+    language: Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)] | None = Field(
         None, description="values the row's `language` may have"
     )
     where: dict[
-        Text, Annotated[list[str | int | float | bool | None], Field(min_length=1), BeforeValidator(_as_values)]
+        Text,
+        Annotated[
+            list[_Value],
+            Field(min_length=1),
+            BeforeValidator(_as_values, json_schema_input_type=Annotated[list[_Value], Field(min_length=1)] | _Value),
+        ],
     ] = Field({}, description="key of a row to the value, or values, it may have; null: it may be absent")
 
     @model_validator(mode="after")
@@ -63,7 +83,7 @@ def _source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-Source = Annotated[SourceSpec, BeforeValidator(_source)]
+Source = Annotated[SourceSpec, BeforeValidator(_source, json_schema_input_type=SourceSpec | Text)]
 
 
 class CategorySpec(Strict):
@@ -71,8 +91,16 @@ class CategorySpec(Strict):
 
     share: float = Field(gt=0, allow_inf_nan=False, description="share of the rows, relative to the other categories'")
     sources: list[Source] = Field(min_length=1, description="where its rows are drawn from")
-    draw: Literal["rows", "sources"] | None = Field(None, description="the mixture's when left out")
-    max_epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="the mixture's when left out")
+    draw: Literal["rows", "sources"] | None = Field(
+        None, description="from all its rows alike, or the same number from each source; the mixture's when left out"
+    )
+    max_epochs: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="most rows of it, as passes over its pool; the mixture's when left out",
+        json_schema_extra=unit("passes"),
+    )
     filter: FilterSpec = Field(
         FilterSpec(), description="rows to take from each source, beside the source's own filter"
     )
@@ -89,13 +117,24 @@ class CategorySpec(Strict):
 class MixtureSpec(Strict):
     """Rows drawn from many sources by category, then shuffled (paper Appendix A)."""
 
-    rows: int = Field(ge=1, le=10**9, description="rows in all (paper: 1,600,000 in each stage)")
-    seed: int | None = Field(None, ge=0, lt=2**31, description="the spec's when left out")
+    rows: int = Field(
+        ge=1,
+        le=10**9,
+        description="rows in all (paper: 1,600,000 in each stage)",
+        json_schema_extra=unit("rows"),
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**31, description="which rows are drawn, and their order; the spec's seed when left out"
+    )
     draw: Literal["rows", "sources"] = Field(
         "rows", description="from all rows of a category alike (paper), or the same number from each source"
     )
     max_epochs: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="most rows of a category (or of a source), as passes over its pool"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="most rows of a category (or of a source), as passes over its pool",
+        json_schema_extra=unit("passes"),
     )
     overflow: Literal["redistribute", "shrink", "refuse"] = Field(
         "redistribute", description="rows a cap leaves over go to the other categories, are left out, or are an error"
@@ -118,7 +157,7 @@ def _cache(value: Any) -> Any:
     return {"names": value} if isinstance(value, list) else value
 
 
-Cache = Annotated[CacheSpec, BeforeValidator(_cache)]
+Cache = Annotated[CacheSpec, BeforeValidator(_cache, json_schema_input_type=CacheSpec | list[Text])]
 
 
 class DataSpec(Strict):
@@ -128,10 +167,20 @@ class DataSpec(Strict):
     mixture: MixtureSpec | None = Field(None, description="training rows drawn from many sources; in place of `train`")
     heldout: Source | None = Field(None, description="rows kept out of training, for `ask` and comparisons")
     learn: Literal["all", "last"] = Field("all", description="which answers of a conversation are learnt")
-    max_seconds: float = Field(120, gt=0, description="longest sound in seconds (paper: 120)")
+    max_seconds: float = Field(
+        120, gt=0, description="longest sound in seconds (paper: 120)", json_schema_extra=unit("seconds")
+    )
     on_bad_row: Literal["refuse", "quarantine"] = Field("refuse", description="stop at a bad row, or set it aside")
-    max_bad_rows: int = Field(100, ge=0, description="with quarantine: stop when more rows than this are bad")
-    workers: int = Field(0, ge=0, le=64, description="processes that prepare batches; 0 prepares in the trainer")
+    max_bad_rows: int = Field(
+        100, ge=0, description="with quarantine: stop when more rows than this are bad", json_schema_extra=unit("rows")
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="processes that prepare batches; 0 prepares in the trainer",
+        json_schema_extra=unit("processes"),
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> DataSpec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec, StageSpec
 from coatkit.spec_data import MixtureSpec, SourceSpec
 from coatkit.spec_reader import Path_, SpecReader, near
+from coatkit.trust import guarded
 
 Need = Literal["all", "components", "backbone"]
 
@@ -154,27 +157,42 @@ def _resolve(loaded: LoadedSpec, reader: SpecReader, need: Need) -> Iterator[str
         wanted.append((f"experts.{name}", "expert", expert, ("experts", name)))
         own = ("experts", name, "head") if expert.head else ("head",)
         wanted.append((f"heads.{name}", "head", spec.head_of(name), own))
+    # A run's spec lies beside its record; nothing else does. Where it is a link, the folder it was named in counts too.
+    is_run = any((folder / "run.json").exists() for folder in (reader.path.parent, *reader.folders[:1]))
     said: set[str] = set()
     for place, kind, entry, path in wanted:
         problems: list[str] = []
         try:
             component = registry().resolve(kind, entry.use, loaded.folder)
+            component = guarded(component, reader.folders, of_run=is_run)
             options = _check_options(component, _locate(entry.options, loaded), path, reader, problems)
             loaded.chosen[place] = Chosen(component, options)
         except PluginError as error:
             use: Path_ = (*path, "use")
-            problems.append(reader.say(use if use in reader.lines or use in reader.origin else path, str(error)))
+            at = use if use in reader.lines or use in reader.origin else path
+            problems.append(reader.say(at, f"{error}{_made_with(loaded.folder, place)}"))
         fresh = [p for p in problems if p not in said]  # one wrong default head is one problem, not one per expert
         said.update(fresh)
         yield from fresh
 
 
+def _made_with(folder: Path, place: str) -> str:
+    """For the spec of a run: the plugin and version that the run had, as its record has them; else nothing."""
+    try:
+        then = json.loads((folder / "run.json").read_text(encoding="utf-8"))["components"][place]
+        package, version = str(then["from"]), str(then["version"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    if not version or not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", f"{package}=={version}"):
+        return ""
+    return f"\n  this run was made with {package} {version}; install it again: pip install {package}=={version}"
+
+
 def _locate(options: dict[str, Any], loaded: LoadedSpec) -> dict[str, Any]:
-    """Options with `weights: ./place` made absolute; like every path of a spec it is relative to the spec."""
-    weights = options.get("weights")
-    if isinstance(weights, str) and weights.startswith(("./", "../", "~")):
-        return {**options, "weights": str(loaded.path(weights))}
-    return options
+    """Options with `weights: ./place` or `projector: ./place` made absolute; a spec's paths are relative to it."""
+    places = {key: options.get(key) for key in ("weights", "projector")}
+    told = {key: p for key, p in places.items() if isinstance(p, str) and p.startswith(("./", "../", "~"))}
+    return {**options, **{key: str(loaded.path(place)) for key, place in told.items()}}
 
 
 def _check_options(
@@ -239,6 +257,9 @@ def _check_stages(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:
             yield reader.say((*at, "warmup_steps"), f"more than the stage's {stage.steps} steps")
         if stage.name in [s.name for s in spec.stages[:i]]:
             yield reader.say((*at, "name"), f"{stage.name!r} is taken by an earlier stage")
+    for name in (spec.calibrate.losses or {}) if spec.calibrate else ():
+        if name not in spec.experts:
+            yield reader.say(("calibrate", "losses", name), f"no expert of this name{near(name, list(spec.experts))}")
     for i, name in enumerate(spec.cache.names):
         if name != "tower" and name not in spec.experts:
             at_name: Path_ = ("cache", "names", i) if ("cache", "names", i) in reader.lines else ("cache",)

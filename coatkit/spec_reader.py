@@ -31,12 +31,14 @@ class SpecReader:
     Attributes:
         lines: `file:line` of every key.
         origin: The `--set` that last wrote a key.
+        folders: That of the file, and those of what it extends.
     """
 
     def __init__(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         self.path = path
         self.lines: dict[Path_, str] = {}
         self.origin: dict[Path_, str] = {}
+        self.folders = [path.resolve().parent]
         self._above = above
         self._visits = 0
 
@@ -103,7 +105,9 @@ class SpecReader:
             raise SpecError([self.say(("extends",), "a spec that extends another needs an output of its own")])
         base = SpecReader(below, chain)
         # A spec's paths start from the folder its file is really in, through whatever links it was named.
-        under = _moved(base.read(), os.path.relpath(below.resolve().parent, real.parent))
+        data_below = base.read()
+        self.folders += base.folders
+        under = _moved(data_below, os.path.relpath(below.resolve().parent, real.parent))
         lines = {path: place for path, place in self.lines.items() if path[0:1] != ("extends",)}
         if isinstance(data.get("stages"), dict) and isinstance(under.get("stages"), list):
             changes, names = data.pop("stages"), [_name_of(stage) for stage in under["stages"]]

@@ -357,7 +357,7 @@ class Page(HTMLParser):
         found = []
         for player in self.of("audio"):
             kind, _, data = str(player["src"]).partition(",")
-            assert kind == "data:audio/flac;base64"
+            assert kind == "data:audio/wav;base64"
             found.append(soundfile.read(io.BytesIO(base64.b64decode(data, validate=True))))
         return found
 
@@ -384,7 +384,7 @@ def test_the_page_holds_plots_tables_and_players_and_needs_nothing_else(project:
         for name, value in attributes.items():
             assert name not in ("href", "srcset", "action", "style")
             assert not name.startswith("on")
-            assert name != "src" or str(value).startswith("data:audio/flac;base64,"), tag
+            assert name != "src" or str(value).startswith("data:audio/wav;base64,"), tag
     assert not re.search(r"url\(|@import|https?:", out.read_text(encoding="utf-8"))
 
 
@@ -451,7 +451,7 @@ def test_players_stop_at_the_limit_and_every_category_comes_first(tmp_path: Path
     few = Page(text)
     sounds = [str(player["src"]) for player in few.of("audio")]
     assert 4 <= len(sounds) <= 5
-    assert sum(map(len, sounds)) <= 4 * each + len(sounds) * len("data:audio/flac;base64,")
+    assert sum(map(len, sounds)) <= 4 * each + len(sounds) * len("data:audio/wav;base64,")
     assert few.text.count("the page holds as many sounds as it may") == 9 - len(sounds)
     for card in text.split("<h3>")[1:]:
         assert "<audio" in card

@@ -247,7 +247,9 @@ def test_made_once_and_used_again_until_an_input_changes(three: Callable[..., Mi
     first, again = mix(three()), mix(three())
     assert (first.made, again.made) == (True, False)
     assert (first.path, first.data) == (again.path, again.data)
-    assert json.loads(first.path.with_suffix(".json").read_text()) == first.data
+    told = json.loads(first.path.with_suffix(".json").read_text())
+    assert len(told.pop("sidecar_sha256")) == 64
+    assert told == first.data
     spec = three()
     (tmp_path / "data/c.jsonl").write_text(json.dumps(line("z", 1)) + "\n")
     changed = mix(spec)
@@ -257,7 +259,9 @@ def test_made_once_and_used_again_until_an_input_changes(three: Callable[..., Mi
     assert "z1" in counts(MixtureRows(changed.path))
 
 
-@pytest.mark.parametrize("harm", ["no sidecar", "another sidecar", "cut off", "gone", "empty"])
+@pytest.mark.parametrize(
+    "harm", ["no sidecar", "another sidecar", "a key gone", "no mapping", "cut off", "gone", "empty"]
+)
 def test_what_is_not_whole_is_made_anew(three: Callable[..., MixtureSpec], harm: str) -> None:
     first = mix(three())
     before, sidecar = first.path.read_bytes(), first.path.with_suffix(".json")
@@ -265,6 +269,12 @@ def test_what_is_not_whole_is_made_anew(three: Callable[..., MixtureSpec], harm:
         sidecar.unlink()
     elif harm == "another sidecar":
         sidecar.write_text(json.dumps({**first.data, "content_sha256": "0" * 64}))
+    elif harm == "a key gone":
+        told = json.loads(sidecar.read_text())
+        del told["bad_rows"]
+        sidecar.write_text(json.dumps(told))
+    elif harm == "no mapping":
+        sidecar.write_text('["hash"]')
     elif harm == "cut off":
         first.path.write_bytes(before[:-20])
     elif harm == "gone":

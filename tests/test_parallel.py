@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from coatkit.errors import RunError
 from coatkit.parallel import Team
+from coatkit.spec_file import load_spec
+from coatkit.trainer import train
 
 
 def launch(
@@ -109,6 +111,19 @@ def test_two_processes_learn_what_one_does(shared: tuple[str, Path, str], alone:
             torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-3 * scale + 1e-6, msg=name)
             moved += scale > 0
     assert moved > 50
+
+
+def test_what_rests_in_a_stage_rests_in_every_process(project: Any) -> None:
+    """Three stages: projector and head alone, all but the projector, everything; text-only shares among them."""
+    rates = ("{default: 0, projector: 2.0e-3, heads: 2.0e-3}", "{default: 2.0e-3, projector: 0}", "2.0e-3")
+    one, two = project.spec["stages"]
+    stages = [{**one, "steps": 2}, {**two, "steps": 2}, {**two, "name": "three", "steps": 2}]
+    path = project.folder / "resting.yaml"
+    path.write_text(yaml.safe_dump({**project.spec, "stages": stages, "output": "resting"}))
+    changes = [f"stages.{i}.lr={rate}" for i, rate in enumerate(rates)]
+    finish(launch(path, *changes))
+    train(load_spec(path, [*changes, "output=resting-alone"]))
+    same_curves(metrics(project.folder / "resting"), metrics(project.folder / "resting-alone"))
 
 
 def test_one_process_writes(shared: tuple[str, Path, str]) -> None:

@@ -108,7 +108,7 @@ def test_rows_are_those_of_the_data(project: Any) -> None:
         assert stage.hours == plan.hours
         assert 402 < stage.tokens_per_row == stage.longest_row < 480
         assert stage.passes == 3  # 3 steps of 4 rows
-    assert plan.store == {"level": pytest.approx(4 * 8 * 50 * 2 * 2)}
+    assert plan.store == {"level": pytest.approx(4 * 8 * 25 * 2 * 2)}
     assert plan.notes == [
         "expert level: its operations are not counted, for nothing declares them",
         "experts level: memory of their weights is not counted, for its size is not known",
@@ -128,7 +128,7 @@ def test_each_stage_is_planned_over_its_own_rows(project: Any, stage: int) -> No
     assert own.tokens_per_row == pytest.approx((40 * 10 + 40 * 6) / 4 + 24)
     assert other.longest_row < 480
     # `level` teaches in the second stage, and needs the features of that one's sounds.
-    assert plan.store["level"] == (0 if stage == 1 else pytest.approx(4 * 8 * 50 * 2 * 2))
+    assert plan.store["level"] == (0 if stage == 1 else pytest.approx(4 * 8 * 25 * 2 * 2))
 
 
 def test_a_sound_that_comes_twice_is_stored_once(project: Any) -> None:
@@ -139,9 +139,9 @@ def test_a_sound_that_comes_twice_is_stored_once(project: Any) -> None:
     plan = make_plan(project.load())
     assert plan.rows == 9
     assert plan.hours == pytest.approx((8 * 8 + 2) / 3600)
-    assert plan.store["level"] == pytest.approx((4 * 8 + 2) * 50 * 2 * 2)
+    assert plan.store["level"] == pytest.approx((4 * 8 + 2) * 25 * 2 * 2)
     eight = make_plan(project.load("cache.dtype=int8"))
-    assert eight.store["level"] == pytest.approx((4 * 8 + 2) * 50 * (2 + 4))
+    assert eight.store["level"] == pytest.approx((4 * 8 + 2) * 25 * (2 + 4))
 
 
 def test_rows_that_training_would_not_take_are_passed_over(project: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_mixture_is_planned_as_it_is_drawn(project: Any) -> None:
     assert [stage.rows for stage in plan.stages] == [40, 40]
     assert plan.rows == 40
     assert plan.hours == pytest.approx(10 * 8 / 3600)
-    assert plan.store["level"] == pytest.approx(4 * 8 * 50 * 2 * 2)  # ten rows of four sounds
+    assert plan.store["level"] == pytest.approx(4 * 8 * 25 * 2 * 2)  # ten rows of four sounds
 
 
 def test_a_step_has_no_more_rows_than_there_are(project: Any) -> None:
@@ -474,7 +474,7 @@ def test_described_rows_are_passed_over_once_in_each_stage(project: Any) -> None
     assert [stage.rows_per_step for stage in plan.stages] == [2, 4]  # 462 tokens each
     assert [stage.passes for stage in plan.stages] == [1, 1]
     assert plan.rows == 3 * 4  # of one source the larger
-    assert plan.store["level"] == pytest.approx(3 * 4 * 8 * 50 * 2 * 2)
+    assert plan.store["level"] == pytest.approx(3 * 4 * 8 * 25 * 2 * 2)
 
 
 def test_an_unknown_gpu_is_told_what_is_known(project: Any) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from coatkit import build, infer
+from coatkit.backbones.quantize import dequantized
+from coatkit.export.write import export
 from coatkit.testing.backbone_bench import BackboneBench
 
 pytest.importorskip("bitsandbytes", reason="make test-qlora runs these in an environment that has bitsandbytes")
@@ -156,6 +159,21 @@ def test_a_run_learns_resumes_to_the_bit_and_answers(trained: Any) -> None:
     clip = project.folder / "clips/r03.flac"
     answer = infer.load(run.folder, device="cpu").ask(clip, "What is heard?", max_new_tokens=8)
     assert answer == infer.load(again, device="cpu").ask(clip, "What is heard?", max_new_tokens=8)
+
+
+def test_an_export_has_plain_weights_that_the_stock_class_finds(trained: Any, tmp_path: Path) -> None:
+    _, run = trained
+    folder = export(run.folder, tmp_path / "whole", merge=True).folder
+    backbone: Any = infer.load(run.folder, device="cpu").backbone
+    stock, told = type(backbone.stock).from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    assert not any(told.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    layer = backbone.language_model.layers[0].self_attn.q_proj
+    expected = dequantized(layer.get_base_layer(), torch.float32).weight + layer.get_delta_weight("default")
+    path = f"{backbone.language_model_path}.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(stock.get_parameter(path), expected)
+    adapter = load_file(export(run.folder, tmp_path / "adapter").folder / "adapter_model.safetensors")
+    (name,) = [n for n in adapter if n.endswith("layers.0.self_attn.q_proj.lora_B.weight")]
+    assert torch.equal(adapter[name], layer.lora_B["default"].weight)
 
 
 @pytest.mark.parametrize("how", ["repeated", "sharded"])

@@ -97,6 +97,45 @@ def test_the_length_of_the_block_goes_along_when_it_is_given(server: Server, cli
     assert server.asked[0]["model"] == "other"
 
 
+def test_a_conversation_goes_along_turn_by_turn(server: Server, clip: Path) -> None:
+    history = [(clip, "What is heard?", "A dog."), (None, "Sure?", "Yes.")]
+    ask_server(server.url, clip, "And now?", history=history, audio_think_len=[12, 12])
+    (asked,) = server.asked
+    assert asked["chat_template_kwargs"] == {"audio_think_len": [12, 12]}
+    said = [
+        (m["role"], m["content"] if m["role"] == "assistant" else [p.get("text", p["type"]) for p in m["content"]])
+        for m in asked["messages"]
+    ]
+    assert said == [
+        ("user", ["input_audio", "What is heard?"]),
+        ("assistant", "A dog."),
+        ("user", ["Sure?"]),
+        ("assistant", "Yes."),
+        ("user", ["input_audio", "And now?"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [((" ", "Yes."), "a question of the history is empty"), (("Sure?", ""), "an answer of the history is empty")],
+)
+def test_an_empty_turn_is_told_before_anything_is_sent(server: Server, turn: tuple[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        ask_server(server.url, None, "And now?", history=[(None, *turn)])
+    assert not server.asked
+
+
+def test_the_command_asks_a_server_with_earlier_turns(server: Server, clip: Path) -> None:
+    turns = ["--turn", str(clip), "What?", "A dog.", "--turn", "-", "Sure?", "Yes."]
+    done = CliRunner().invoke(
+        cli, ["ask", "--server", server.url, str(clip), "And?", *turns, "--think-len", "5", "--think-len", "7"]
+    )
+    assert (done.exit_code, done.output) == (0, "a dog\n")
+    (asked,) = server.asked
+    assert [len(m["content"]) for m in asked["messages"] if m["role"] == "user"] == [2, 1, 2]
+    assert asked["chat_template_kwargs"] == {"audio_think_len": [5, 7]}
+
+
 def test_text_alone_can_be_asked(server: Server) -> None:
     ask_server(server.url, None, "What is 1 plus 2?")
     assert [part["type"] for part in server.asked[0]["messages"][0]["content"]] == ["text"]

@@ -98,7 +98,8 @@ def test_a_linked_spec_finds_its_base_beside_the_link_or_beside_itself(folder: P
         assert loaded.path(loaded.spec.data.heldout.path) == folder / "rows/heldout.jsonl"  # type: ignore[union-attr]
         assert loaded.chosen["experts.mine"].component.target == f"{folder / 'mine.py'}:Mine"
     other = BASE.replace("name: base", "name: base\nseed: 5")
-    (folder / "deep/base.yaml").write_text(other.replace("rows/", "../rows/").replace("./mine", "../mine"))
+    (folder / "deep/base.yaml").write_text(other.replace("rows/", "../rows/"))
+    (folder / "deep/mine.py").write_text(MINE)  # code elsewhere would be refused
     assert load_spec(folder / "deep/links/arm.yaml").spec.seed == 5  # the one beside the link comes first
     assert load_spec(folder / "links/arm.yaml").spec.seed != 5
 

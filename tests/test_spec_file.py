@@ -467,8 +467,9 @@ output: runs/rich
     "text", [BASE, RICH, BASE.replace(", weights: {audio: 1.0}", "").replace("audio: 0.5", "") + "thinking: off\n"]
 )
 def test_a_resolved_spec_means_the_same_from_anywhere(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, text: str
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COATKIT_ALLOW_CODE", "1")  # from anywhere: the code then lies outside the spec's folder
     for name in ("held", "heads"):
         (folder / name).mkdir()
     (folder / "held/out.jsonl").write_text("{}\n")

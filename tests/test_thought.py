@@ -142,7 +142,10 @@ def test_an_expert_that_is_gone_is_named(thinking_run: Any, tmp_path: Path, rows
         model.think(rows)
 
 
-def test_an_expert_without_weights_still_has_its_head(thinking_run: Any, rows: list[Row], tmp_path: Path) -> None:
+def test_an_expert_without_weights_still_has_its_head(
+    thinking_run: Any, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COATKIT_ALLOW_CODE", "1")  # the expert's file is not the one that ran
     folder = tmp_path / "unfetched"
     shutil.copytree(thinking_run.run.folder, folder)
     source = (thinking_run.folder / "level.py").read_text()

@@ -118,7 +118,8 @@ def mix(
             with written_beside(path) as partial:
                 data["content_sha256"] = _write(partial, spec, pools, files, path.parent if out is not None else None)
             # Last: a mixture without its sidecar is not there.
-            write_atomic(sidecar, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+            told = {**data, "sidecar_sha256": _sha256(data)}
+            write_atomic(sidecar, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise DataError(
             f"{path}: the mixture cannot be written: {error.strerror or error}.\n"
@@ -179,8 +180,10 @@ class MixtureRows(Rows):
         found = self._file.metadata.metadata or {}
         try:
             said, self._digest = json.loads(found[_METADATA]), found[_DIGEST].decode()
-        except (KeyError, ValueError):
-            raise DataError(f"{self.path}: is no mixture; coatkit mix makes one") from None
+        except (KeyError, ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise DataError(f"{self.path}: is no mixture; coatkit mix makes one")
         if said.get("version") != FORMAT:
             raise DataError(
                 f"{self.path}: a mixture of format {said.get('version')}, but this coatkit reads format {FORMAT};"
@@ -332,11 +335,17 @@ def _read_sidecar(sidecar: Path, digest: str, path: Path) -> dict[str, Any] | No
     """The sidecar of a mixture that is whole and was made from the same spec and inputs; None of any other."""
     try:
         data: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        if data.pop("sidecar_sha256") != _sha256(data):  # somebody changed it: what it tells is not what was drawn
+            return None
         if data["hash"] == digest and MixtureRows(path).fingerprint() == data["content_sha256"]:
             return data
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError):
         pass
     return None
+
+
+def _sha256(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_foreign(path: Path, sidecar: Path) -> None:
@@ -350,7 +359,7 @@ def _refuse_foreign(path: Path, sidecar: Path) -> None:
         which = sidecar
         if sidecar.exists() and "content_sha256" not in json.loads(sidecar.read_text(encoding="utf-8")):
             raise ValueError
-    except (DataError, ValueError, OSError, TypeError):
+    except (DataError, ValueError, OSError, TypeError, RecursionError):
         raise DataError(f"{which}: is there and is no mixture; name another file, or remove it") from None
 
 

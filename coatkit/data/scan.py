@@ -224,5 +224,5 @@ def _read(path: Path) -> Scan | None:
             reasons = json.loads(found["reasons"].tobytes())
             bad = list(zip(found["bad"].tolist(), reasons, strict=True))
             return Scan(found["costs"], found["seconds"], bad, found["left_out"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile):
         return None
