@@ -484,7 +484,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "name": ("name: sums", "name: clips", r"tasks: 'clips' is given twice"),
     "choices": ('["4", "7"]', '["4", "4"]', r"tasks\.1\.choices: '4' is given twice"),
     "one choice": ('["4", "7"]', '["4"]', r"tasks\.1\.choices: .*at least 2"),
-    "choices of": ("metric: choice", "metric: wer", "the metric wer takes none; choice and f1 do"),
+    "choices of": ("metric: choice", "metric: wer", "the metric wer takes none; choice, likelihood, f1 do"),
     "folder": ("name: small", "name: a/b", "name: must be the name of one folder"),
     "filter": ("task: clips", "tsak: clips", r"task 'clips': .*its filter asks for where\.tsak, a key no row has"),
     "rows": ("path: test.jsonl", "path: gone.jsonl", r"gone\.jsonl: cannot be read"),

@@ -205,7 +205,7 @@ def test_intervals_of_every_metric_hold_the_score() -> None:
     for name, metric in METRICS.items():
         if name == "note":
             pairs = [(f"C{random.integers(2)}", f"C{random.integers(2)}") for _ in range(60)]
-        given = answers(*pairs, choices=words if name in ("choice", "f1") else ())
+        given = answers(*pairs, choices=words if name in ("choice", "likelihood", "f1") else ())
         if name == "judge":
             given = [replace(one, rating=int(random.integers(6))) for one in given]
         scored = metric(given, "en")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import coatkit
 from coatkit.analysis import probe_report
-from coatkit.analysis.probe import OutOfFold, Settings, accuracy, check, probe, rank_correlation, shuffled
+from coatkit.analysis.probe import OutOfFold, Settings, accuracy, check, exchanged, probe, rank_correlation, shuffled
 from coatkit.analysis.probe_states import LAST, THINKING, Source, collect, states_of
 from coatkit.cli import cli
 from coatkit.errors import DataError, RunError
@@ -45,6 +45,20 @@ def test_what_is_there_is_found_and_what_is_not_is_not(made: Any) -> None:
     assert 35 < shuffled(states, labels, groups, SETTINGS)["mean"] < 65
     noise = np.random.default_rng(1).standard_normal(states.shape)
     assert probe(noise, labels, groups, SETTINGS).right.mean() < 0.7
+
+
+def test_what_a_group_has_in_common_it_keeps_when_labels_are_shuffled() -> None:
+    random = np.random.default_rng(0)
+    groups = [f"speaker {i // 4}" for i in range(40)]
+    labels = [f"voice {i // 4 % 2}" for i in range(40)]
+    mixed = exchanged(labels, groups, random)
+    assert all(len(set(mixed[i : i + 4])) == 1 for i in range(0, 40, 4))
+    assert sorted(mixed) == sorted(labels)
+    assert mixed != labels
+    labels[0] = "voice 2"  # a group of two labels: rows are exchanged
+    mixed = exchanged(labels, groups, random)
+    assert sorted(mixed) == sorted(labels)
+    assert any(len(set(mixed[i : i + 4])) > 1 for i in range(0, 40, 4))
 
 
 def test_a_group_is_never_on_both_sides(made: Any) -> None:

@@ -70,6 +70,45 @@ class Page(HTMLParser):
             self.words += data
 
 
+def test_names_that_no_font_and_no_formula_can_hold(run: Path) -> None:
+    names = ("\ud800", r"$\frac{$", "\x1b[2J", "n" * 5000)
+    for file, key in (("metrics.jsonl", None), ("gradients.jsonl", "norms"), ("gradients.jsonl", "cosines")):
+        lines = [json.loads(line) for line in (run / file).read_text().splitlines()]
+        for line in lines:
+            (line[key] if key else line).update(dict.fromkeys(names, 0.5))
+        (run / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = json.loads((run / "eval/heldout/results.json").read_text())
+    results["tasks"] = dict.fromkeys(names, next(iter(results["tasks"].values())))
+    (run / "eval/heldout/results.json").write_text(json.dumps(results))
+    assert CliRunner().invoke(cli, ["report", str(run)], catch_exceptions=False).exit_code == 0
+    told = [row[2] for row in Page(run / "report.html").tables["Evaluations"][1:]]
+    assert told[:2] == ["?", r"$\frac{$"]
+
+
+@pytest.mark.parametrize("wrong", ["[]", "3", "null", '"x"', '{"low": [], "high": "x", "details": 3}'])
+def test_looks_and_scores_that_are_none_are_left_out(run: Path, wrong: str) -> None:
+    (run / "gradients.jsonl").write_text(f'{{"step": 1, "norms": {wrong}}}\n{{"step": 2, "cosines": {wrong}}}\n')
+    (run / "eval/heldout/results.json").write_text(f'{{"tasks": {{"kind": {wrong}}}}}')
+    result = CliRunner().invoke(cli, ["report", str(run)], catch_exceptions=False)
+    assert result.exit_code == 0
+    told = Page(run / "report.html").words
+    assert ("2 looks hold none" in told) == ("heldout/results.json holds no scores" in told) == (wrong[0] != "{")
+
+
+def test_numbers_of_four_hundred_digits(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {10**400}, "loss": 1}}\n{{"step": 7, "loss": {10**400}, "seconds": {10**400}}}\n')
+    assert CliRunner().invoke(cli, ["report", str(run)], catch_exceptions=False).exit_code == 0
+    assert Page(run / "report.html").tables["Runs"][1][3] == "7"
+
+
+def test_a_record_whose_list_is_none_is_refused(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "random_weights": 3}))
+    with pytest.raises(RunError, match="random_weights is no list"):
+        report([run], run / "report.html")
+
+
 def test_one_run(run: Path) -> None:
     result = CliRunner().invoke(cli, ["report", str(run)], catch_exceptions=False)
     assert result.output.strip() == str(run / "report.html")

@@ -21,8 +21,8 @@ import torch
 import yaml
 
 import coatkit
-from coatkit import cli
-from coatkit.analysis import agreement, hear, page, plots, view, view_plots
+from coatkit import cli, page
+from coatkit.analysis import agreement, hear, plots, view, view_plots
 from coatkit.data.rows import AudioRef
 from coatkit.errors import DataError, PluginError, RunError
 from coatkit.infer import AudioThinker, asked
@@ -403,6 +403,8 @@ def test_features_that_change_together_stand_together() -> None:
     assert (wide[0].diff() > 0).all()
     for positions in (1, 2):
         assert len(view_plots.order(torch.randn(positions, 5))) == 5
+    for width in (1, 2):
+        assert sorted(view_plots.order(torch.randn(40, width)).tolist()) == list(range(width))
 
 
 def _pitches(note: int, values: torch.Tensor | None = None) -> Readout:

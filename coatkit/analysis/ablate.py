@@ -284,7 +284,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}\n  Remove it: what is done is found again.") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{path}: this coatkit reads studies of format {FORMAT}; take another folder with --out")

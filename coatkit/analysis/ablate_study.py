@@ -59,9 +59,9 @@ class StudySpec(Strict):
     suite: Text = Field(description="what every arm is evaluated on, relative to this file (docs/evaluation.md)")
     set: dict[Text, Any] = Field({}, description="changes to the base that every arm has")
     preset: Literal["paper"] | None = Field(None, description=f"paper: the arms {', '.join(PAPER)}")
-    arms: Annotated[dict[ArmName, ArmSpec], BeforeValidator(_empty_is_plain)] = Field(
-        {}, description="name of an arm to how it differs; beside a preset, or in place of an arm of it"
-    )
+    arms: Annotated[
+        dict[ArmName, ArmSpec], BeforeValidator(_empty_is_plain, json_schema_input_type=dict[ArmName, ArmSpec | None])
+    ] = Field({}, description="name of an arm to how it differs; beside a preset, or in place of an arm of it")
     grid: dict[Text, Annotated[list[Any], Field(min_length=1), AfterValidator(_once)]] = Field(
         {}, description="key of the spec to values: every arm is trained with every combination"
     )
@@ -167,7 +167,9 @@ def _study(
     folder = path.resolve().parent
     places = {key: _placed(folder, getattr(spec, key)) for key in ("base", "suite")}
     problems += [
-        reader.say((key,), f"there is no file {place}") for key, place in places.items() if not place.is_file()
+        reader.say((key,), f"there is no file {place}")
+        for key, place in places.items()
+        if not os.path.isfile(place)  # also of a name the file system cannot hold
     ]
     if problems:
         raise SpecError(problems)

@@ -317,7 +317,7 @@ def _read(path: Path, key: str) -> Decoder | None:
             about["sounds"] = tuple(about["sounds"])
             weight, mean, scale = (file.get_tensor(part) for part in ("weight", "mean", "scale"))
             return Decoder(weight, mean, scale, Fit(**about))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
 
 

@@ -127,7 +127,7 @@ def read_requests(path: Path) -> list[Request]:
             continue
         try:
             data = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
             raise RunError(f"{path}:{number}: is no record; a line is a JSON object")

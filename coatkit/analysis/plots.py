@@ -15,6 +15,8 @@ from coatkit.files import written_beside
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 """Okabe and Ito's palette, the best-told-apart first."""
 DPI = 150
+_LONGEST = 80
+"""Characters of a name that are drawn."""
 
 
 def figure(width: float = 7.0, height: float = 4.0, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -38,6 +40,12 @@ def figure(width: float = 7.0, height: float = 4.0, rows: int = 1, columns: int 
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=9)
     return made, axes
+
+
+def plain(text: str) -> str:
+    """Somebody's words for a plot, as they are: matplotlib would read what stands between two `$` as a formula."""
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:_LONGEST])
+    return shown.replace("$", r"\$") + ("..." if len(text) > _LONGEST else "")
 
 
 def png(made: Any) -> bytes:

@@ -117,13 +117,24 @@ def accuracy(found: OutOfFold, groups: Sequence[str], seed: int) -> dict[str, fl
 
 
 def shuffled(states: Array, labels: Sequence[str], groups: Sequence[str], settings: Settings) -> dict[str, float]:
-    """Mean and highest accuracy in percent of probes on labels that were exchanged between rows."""
+    """Mean and highest accuracy in percent of probes on labels that were exchanged: between groups where each group has
+    one label, as a speaker has, and between rows otherwise."""
     random = np.random.default_rng(settings.seed)
     scores = []
     for _ in range(SHUFFLES):
-        mixed = [labels[i] for i in random.permutation(len(labels))]
+        mixed = exchanged(labels, groups, random)
         scores.append(100 * float(probe(states, mixed, groups, settings).right.mean()))
     return {"mean": float(np.mean(scores)), "highest": float(np.max(scores))}
+
+
+def exchanged(labels: Sequence[str], groups: Sequence[str], random: np.random.Generator) -> list[str]:
+    """Labels in another order, [N]; what is alike within a group stays alike, or the control would be too easy."""
+    of_group = dict(zip(groups, labels, strict=True))
+    if all(of_group[group] == label for group, label in zip(groups, labels, strict=True)):
+        values = list(of_group.values())
+        of_group = {group: values[i] for group, i in zip(of_group, random.permutation(len(values)), strict=True)}
+        return [of_group[group] for group in groups]
+    return [labels[i] for i in random.permutation(len(labels))]
 
 
 def rank_correlation(

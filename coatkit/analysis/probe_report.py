@@ -305,7 +305,7 @@ def draw(results: dict[str, Any]) -> Any:
                 axis.axhline(cell["accuracy"], ls="--", color="#555555", label=_title(cell))
         axis.axhline(task["most_frequent"], ls="-.", color="#AAAAAA", label="most frequent class")
         axis.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
-        axis.set_title(name, fontsize=10)
+        axis.set_title(plots.plain(name), fontsize=10)
     axes[0][0].legend(fontsize=7, frameon=False)
     return figure
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from coatkit.analysis import plots
-from coatkit.analysis.page import Html, page, paragraph, picture, section, table
 from coatkit.analysis.report_read import Told, read_run
 from coatkit.errors import RunError
 from coatkit.files import write_atomic
+from coatkit.page import Html, page, paragraph, picture, section, table
 
 _NOT_LOSSES = {"step", "stage", "stage_step", "rows", "epoch", "seconds", "lr", "grad_norm"}
 _ASIDE = {"output", "name"}
@@ -73,7 +74,9 @@ def _overview(told: Sequence[Told]) -> list[Html]:
     for one in told:
         experts = ", ".join(one.record.get("experts", {})) or "none"
         data = one.record.get("data", {}).values()
-        learns = sum(one.record.get("parameters", {}).get("trainable", {}).values())
+        learns = sum(
+            _number(count) or 0.0 for count in _keys(_keys(one.record.get("parameters")).get("trainable")).values()
+        )
         last = {key: value for key, value in one.metrics[-1].items() if key == "loss"} if one.metrics else {}
         seconds = sum(_number(line.get("seconds")) or 0.0 for line in one.metrics)
         rows.append(
@@ -82,7 +85,7 @@ def _overview(told: Sequence[Told]) -> list[Html]:
                 str(one.spec.get("backbone.use", "?")),
                 experts,
                 f"{one.steps:,}",
-                f"{sum(d.get('rows', 0) for d in data):,}",
+                f"{sum(int(_number(d.get('rows')) or 0) for d in data):,}",
                 f"{learns / 1e6:.2f} M",
                 _short(last.get("loss")),
                 f"{seconds / 60:.1f} min",
@@ -130,9 +133,9 @@ def _curves(told: Sequence[Told]) -> list[Html]:
         for one, color in zip(told, _colors(len(told)), strict=True):
             steps, values = _series(one.metrics, term)
             axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, _smooth(values), color=color, linewidth=1.6, label=one.name)
+            axis.plot(steps, _smooth(values), color=color, linewidth=1.6, label=plots.plain(one.name))
         _stages(axis, told)
-        axis.set_title(term, fontsize=10, loc="left")
+        axis.set_title(plots.plain(term), fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
         if term == "grad_norm":
             axis.set_yscale("log")
@@ -157,7 +160,7 @@ def _gradients(told: Sequence[Told]) -> list[Html]:
             for key, color in zip(keys, _colors(len(keys)), strict=True):
                 values = [(line["step"], line.get(kind, {}).get(key)) for line in one.gradients]
                 kept = [(step, value) for step, value in values if _number(value) is not None]
-                shown = key.replace("|", " and ")
+                shown = plots.plain(key.replace("|", " and "))
                 axis.plot(*zip(*kept, strict=True), color=color, linewidth=1.4, marker=".", label=shown)
             axis.set_title({"norms": "norm", "cosines": "cosine"}[kind], fontsize=10, loc="left")
             axis.set_xlabel("step", fontsize=9)
@@ -189,9 +192,11 @@ def _evaluations(told: Sequence[Told]) -> list[Html]:
     for one in told:
         for name, found in one.evaluations.items():
             for task, score in found["tasks"].items():
-                span = "-" if score.get("low") is None else f"{score['low']:.1f} to {score['high']:.1f}"
+                span = (
+                    "-" if score.get("low") is None else f"{_short(score['low'], 1)} to {_short(score.get('high'), 1)}"
+                )
                 failures = str(score.get("parse_failures", "-"))
-                frequent = _short(score.get("details", {}).get("most_frequent_reference"), 1)
+                frequent = _short(_keys(score.get("details")).get("most_frequent_reference"), 1)
                 what = [one.name, name, task, str(score.get("metric", "?"))]
                 numbers = [str(score.get("rows", "?")), _short(score.get("score"), 1), span, failures, frequent]
                 rows.append([*what, *numbers])
@@ -237,7 +242,9 @@ def _environment(told: Sequence[Told]) -> list[Html]:
     facts = [one.record.get("environment", {}) for one in told]
     keys = list(dict.fromkeys(key for fact in facts for key in fact))
     rows = [[key, *(_shown(fact.get(key, _Missing)) for fact in facts)] for key in keys]
-    plugins = [{p: f"{c.get('from')} {c.get('version')}" for p, c in one.record["components"].items()} for one in told]
+    plugins = [
+        {p: f"{c.get('from')} {c.get('version')}" for p, c in one.record.get("components", {}).items()} for one in told
+    ]
     places = list(dict.fromkeys(place for one in plugins for place in one))
     rows += [[place, *(one.get(place, "-") for one in plugins)] for place in places]
     return [section("Made with", table(["", *(one.name for one in told)], rows, words=range(1, len(told) + 1)))]
@@ -272,8 +279,13 @@ def _colors(count: int) -> list[str]:
     return [plots.COLORS[i % len(plots.COLORS)] for i in range(count)]
 
 
+def _keys(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not made a float, which a whole number of 400 digits cannot be.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if good else None
 
 

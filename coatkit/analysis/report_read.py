@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,10 @@ def read_run(path: Path, name: str) -> Told:
     folder = RunFolder(path)
     told = Told(name, dict(_flat(folder.read_spec())), folder.read_record())
     told.metrics = _lines(folder.metrics, told.notes)
-    told.gradients = _lines(folder.gradients, told.notes)
+    looks = _lines(folder.gradients, told.notes)
+    told.gradients = [look for look in looks if all(isinstance(look.get(k, {}), dict) for k in ("norms", "cosines"))]
+    if len(told.gradients) < len(looks):
+        told.notes.append(f"{folder.gradients.name}: {len(looks) - len(told.gradients)} looks hold none; left out")
     skipped, bad = _lines(folder.skipped, told.notes), folder.quarantined()
     if skipped:
         told.notes.append(f"{len(skipped)} steps were skipped: they gave NaN or Inf, or had no usable row")
@@ -63,8 +65,11 @@ def read_run(path: Path, name: str) -> Told:
         told.notes.append(f"{len(bad)} bad rows were set aside")
     for file in sorted(path.glob("eval/*/results.json")):
         found = _read(file, told.notes)
-        if isinstance(found.get("tasks"), dict):
+        tasks = found.get("tasks")
+        if isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values()):
             told.evaluations[file.parent.name] = found
+        elif found:
+            told.notes.append(f"{file.parent.name}/{file.name} holds no scores and is left out")
     for file in _pictures(path):
         try:
             size = file.stat().st_size
@@ -95,26 +100,36 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = _whole(file.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{file.parent.name}/{file.name} cannot be read and is left out: {error}")
         return {}
+
+
+def _whole(text: str) -> Any:
+    """JSON, with `?` for half a surrogate pair: JSON may hold one, no page and no font can."""
+    found = json.loads(text)
+    return json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace")) if "\\u" in text else found
 
 
 def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Objects of a file of lines that have a step; a last line that was cut off is no damage."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        notes.append(f"{file.name} cannot be read and is left out: {error.strerror}")
+        return []
     found, bad = [], 0
     for line in lines:
         try:
-            one = json.loads(line)
-        except ValueError:
+            one = _whole(line)
+        except (ValueError, RecursionError):
             bad += bool(line)
             continue
-        if isinstance(one, dict) and isinstance(one.get("step"), int | float) and math.isfinite(one["step"]):
+        if isinstance(one, dict) and isinstance(one.get("step"), int | float) and abs(one["step"]) < 1 << 53:
             found.append(one)
     if bad:
         notes.append(f"{file.name}: {bad} lines cannot be read and are left out")

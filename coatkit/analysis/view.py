@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coatkit.analysis import agreement, hear, page, plots, view_plots
-from coatkit.analysis.page import Html
+from coatkit import page
+from coatkit.analysis import agreement, hear, plots, view_plots
 from coatkit.data import audio as sound
 from coatkit.data.rows import AudioRef
 from coatkit.errors import DataError, RunError
 from coatkit.files import write_atomic
 from coatkit.infer import AudioThinker, asked
+from coatkit.page import Html
 from coatkit.store import sound_key
 from coatkit.thought import Heard
 

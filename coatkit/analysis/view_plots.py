@@ -139,7 +139,7 @@ def order(target: Tensor) -> Tensor:
     """
     around = target - target.mean(0)
     around = around / around.std(0, correction=0).clamp(min=1e-6)
-    if len(target) < 3:
+    if min(target.shape) < 3:  # no circle to go around
         return around.mean(0).argsort()
     _, _, loadings = torch.linalg.svd(around, full_matrices=False)
     return torch.atan2(loadings[1], loadings[0]).argsort()
@@ -223,7 +223,7 @@ def _figure(panels: Sequence[_Panel], rate: float, seconds: float) -> Any:
     mean = sum(panel.height for panel in panels) / len(panels)
     figure.subplots_adjust(SPAN[0], bottom / height, SPAN[1], 1 - top / height, hspace=gap / mean)
     for panel, axis in zip(panels, axes[:, 0], strict=True):
-        axis.set_title(panel.title, loc="left", fontsize=9, pad=4)
+        axis.set_title(plots.plain(panel.title), loc="left", fontsize=9, pad=4)
         axis.tick_params(labelsize=8)
         if panel.values.ndim == 1:
             _line(axis, panel, rate)

@@ -28,9 +28,11 @@ def _rubric(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="Rows in any format coatkit reads, or a suite (.yaml) that names tasks.",
 )
 @click.option(
-    "--metric", metavar="NAME", help="For rows: exact, choice, f1, note, wer, bleu, chrf, judge; else each row's."
+    "--metric",
+    metavar="NAME",
+    help="For rows: exact, choice, likelihood, f1, note, wer, bleu, chrf, judge; else each row's.",
 )
-@click.option("--choices", metavar="A,B,...", help="For rows: the answers there are, for choice and f1.")
+@click.option("--choices", metavar="A,B,...", help="For rows: the answers there are, for choice, likelihood and f1.")
 @click.option("--reference", metavar="KEY", help="For rows: key of the right answer; else the last assistant message.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 4096), help="For rows: longest answer. [default: 64]")
 @click.option(

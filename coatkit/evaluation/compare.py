@@ -64,11 +64,23 @@ def read_finished(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str
     lines = read_lines(folder / "predictions.jsonl")
     if not (folder / "results.json").exists() or any("score" not in line and "bad" not in line for line in lines):
         raise RunError(f"{folder}: the evaluation is not finished; run it again, and it goes on where it stopped")
-    data = record["identity"]["tasks"]
-    return {
-        name: ({**task, "data": data[name]["data"]}, [line for line in lines if line["task"] == name])
-        for name, task in record["scoring"].items()
-    }
+    try:
+        data = record["identity"]["tasks"]
+        found = {
+            name: ({**task, "data": data[name]["data"]}, [line for line in lines if line["task"] == name])
+            for name, task in record["scoring"].items()
+        }
+        known = all(task["metric"] in METRICS and isinstance(task["language"], str) for task, _ in found.values())
+    except (KeyError, TypeError, AttributeError, IndexError):
+        known = False
+    if not known:
+        raise RunError(f"{folder}/eval.json: damaged; evaluate again with --restart")
+    for line in lines:
+        if "bad" not in line and not {"answer", "references"} <= line.keys():
+            raise RunError(
+                f"{folder}/predictions.jsonl: row {line['id']!r:.80} is damaged; evaluate again with --restart"
+            )
+    return found
 
 
 def check_same_rows(

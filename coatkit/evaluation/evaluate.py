@@ -13,6 +13,7 @@ from coatkit.evaluation.generate import Say, answer_all, folder_for, identity
 from coatkit.evaluation.items import Task, refuse_bad, shuffle_sounds, unhearable
 from coatkit.evaluation.judge import judge_answers, judged, require_judges
 from coatkit.evaluation.judge_client import judge_identity
+from coatkit.evaluation.likelihood import indistinct
 from coatkit.evaluation.metrics import METRICS
 from coatkit.evaluation.predictions import Predictions
 from coatkit.evaluation.results import made_with, score_tasks
@@ -45,7 +46,7 @@ def evaluate(
         out: Where answers and results go; `RUN/eval/NAME` when left out. Answers that are there are used again.
         trained: False for the model as it was before training.
         block: False leaves the thinking block out.
-        cot: Tokens for a thought in words before the answer; None asks for none.
+        cot: Tokens for a thought in words before the answer; None asks for none. Tasks by likelihood are then left out.
         shuffle: Seed by which rows of a task exchange their sounds; None leaves them alone.
         batch: Rows asked together.
         skip_bad: Leave bad rows out, and say so in the results, where else they are refused.
@@ -63,6 +64,10 @@ def evaluate(
         PluginError: If a library that a metric needs is not installed.
         JudgeError: If a judge is wanted and cannot be asked, or rates nothing; answers and ratings are kept.
     """
+    if cot is not None:  # an answer after a thought has no first token of its own
+        tasks = [task for task in tasks if task.spec.metric != "likelihood"]
+        if not tasks:
+            raise RunError("every task has the metric likelihood, which knows no thought in words; leave out --cot")
     refuse_bad(tasks, skip_bad)
     folder = RunFolder(run)
     folder.read_record()
@@ -74,6 +79,7 @@ def evaluate(
     if not block:
         without_block(model)
     unhearable(tasks, model.backbone.preparer)
+    indistinct(tasks, model)
     refuse_bad(tasks, skip_bad)
     if shuffle is not None:
         shuffle_sounds(tasks, shuffle)

@@ -10,7 +10,9 @@ from typing import Any
 from coatkit.errors import DataError
 from coatkit.evaluation.cot import INSTRUCTION, Reasoned, reason
 from coatkit.evaluation.items import Item, Task, batches
+from coatkit.evaluation.likelihood import likeliest
 from coatkit.evaluation.predictions import Predictions
+from coatkit.evaluation.suite import TaskSpec
 from coatkit.files import file_sha256
 from coatkit.infer import AudioThinker
 from coatkit.run_folder import RunFolder
@@ -61,6 +63,8 @@ def identity(
                 "source": task.spec.data.model_dump(mode="json", exclude={"path"}),
                 "max_new_tokens": task.spec.max_new_tokens,
                 "rows": _digest(task.items),
+                # Elsewhere answers do not depend on how they are scored.
+                **({"options": _options(task.items)} if task.spec.metric == "likelihood" else {}),
             }
             for task in tasks
         },
@@ -69,6 +73,10 @@ def identity(
 
 def _digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(repr([item.index for item in items]).encode()).hexdigest()[:16]
+
+
+def _options(items: Sequence[Item]) -> str:
+    return hashlib.sha256(repr([item.choices for item in items]).encode()).hexdigest()[:16]
 
 
 def answer_all(
@@ -99,19 +107,21 @@ def answer_all(
     for task, part in planned:
         if all(item.key in into.lines for item in part):
             continue
-        answers = _ask(model, part, task.spec.max_new_tokens, cot, skip_bad)
+        answers = _ask(model, part, task.spec, cot, skip_bad)
         into.append([_line(item, answer) for item, answer in zip(part, answers, strict=True)])
         done += len(part)
         say(done, total)
 
 
 def _ask(
-    model: AudioThinker, items: Sequence[Item], most: int, cot: int | None, skip_bad: bool
+    model: AudioThinker, items: Sequence[Item], task: TaskSpec, cot: int | None, skip_bad: bool
 ) -> list[str | Reasoned | DataError]:
     """An answer for each item, or why there is none."""
 
     def said(part: Sequence[Item]) -> list[str] | list[Reasoned]:
-        rows = [item.row for item in part]
+        if task.metric == "likelihood":
+            return likeliest(model, part)
+        rows, most = [item.row for item in part], task.max_new_tokens
         if cot is None:
             return model.answer(rows, max_new_tokens=most)
         return reason(model, rows, max_new_tokens=most, max_thought_tokens=cot)

@@ -16,7 +16,7 @@ from coatkit.data.rows import Row, Rows
 from coatkit.data.sources import open_data
 from coatkit.errors import DataError, SpecError
 from coatkit.evaluation.metrics import Answer, cannot_score
-from coatkit.evaluation.suite import METRICS, JudgeSpec, SuiteSpec, TaskSpec
+from coatkit.evaluation.suite import METRICS, WITH_CHOICES, JudgeSpec, SuiteSpec, TaskSpec
 from coatkit.protocols import Preparer
 from coatkit.spec_data import FilterSpec, SourceSpec
 
@@ -188,7 +188,7 @@ def _references(row: Row, spec: TaskSpec) -> tuple[str, ...]:
 
 
 def _choices(row: Row, spec: TaskSpec) -> tuple[str, ...]:
-    found = row.labels.get("choices") if spec.metric in ("choice", "f1") else None
+    found = row.labels.get("choices") if spec.metric in WITH_CHOICES else None
     if found is None:
         return tuple(spec.choices or ())
     if isinstance(found, dict) and list(found) == list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(found)]):

@@ -119,6 +119,18 @@ def choice(answers: Sequence[Answer], language: str = "") -> Scored:
     )
 
 
+def likelihood(answers: Sequence[Answer], language: str = "") -> Scored:
+    """Accuracy of the likeliest options (`likelihood.likeliest`): what is said is one of them, word for word."""
+    place = [{option: i for i, option in enumerate(a.choices)} for a in answers]
+    wanted = [option_of(a.references[0], a.choices) for a in answers]
+    return _judged(
+        [of.get(a.said, -1) == right for of, right, a in zip(place, wanted, answers, strict=True)],
+        [a.said for a in answers],
+        _commonest([plain(a.choices[right or 0]) for right, a in zip(wanted, answers, strict=True)]),
+        parse=False,
+    )
+
+
 def option_of(reference: str, choices: Sequence[str]) -> int | None:
     """The option a reference names, by letter or text; None when it is none of them."""
     same = [i for i, option in enumerate(choices) if plain(option) == plain(reference)]
@@ -263,21 +275,23 @@ def judge(answers: Sequence[Answer], language: str = "") -> Scored:
 
 
 METRICS: Mapping[str, Metric] = {
-    "exact": exact, "choice": choice, "f1": f1, "note": note, "wer": wer, "bleu": bleu, "chrf": chrf, "judge": judge,
+    "exact": exact, "choice": choice, "likelihood": likelihood, "f1": f1, "note": note, "wer": wer, "bleu": bleu,
+    "chrf": chrf, "judge": judge,
 }  # fmt: skip
+CLOSED = ("choice", "likelihood")
 LOWER_IS_BETTER = frozenset({"wer"})
 
 
 def cannot_score(metric: str, answer: Answer) -> str:
     """Why a row cannot be scored by a metric, whatever is said; empty when it can."""
     first = answer.references[0]
-    if metric == "choice" and not answer.choices:
-        return "the metric choice needs options: a list `choices` in the row, or the task's"
-    if answer.choices and metric in ("choice", "f1") and option_of(first, answer.choices) is None:
+    if metric in CLOSED and not answer.choices:
+        return f"the metric {metric} needs options: a list `choices` in the row, or the task's"
+    if answer.choices and metric in (*CLOSED, "f1") and option_of(first, answer.choices) is None:
         return f"the right answer {first!r:.60} is none of its choices: {', '.join(answer.choices)}"
     if metric == "note" and read_note(first) is None:
         return f"the right answer {first!r:.60} names no note, or several"
-    if metric in ("choice", "f1", "note", "wer") and len(answer.references) > 1:
+    if metric in (*CLOSED, "f1", "note", "wer") and len(answer.references) > 1:
         return f"the metric {metric} takes one right answer, the row has {len(answer.references)}"
     if metric in ("f1", "exact") and not plain(first):
         return f"the right answer {first!r:.60} has no letter or digit"

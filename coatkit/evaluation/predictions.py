@@ -133,7 +133,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         below = sorted(str(found.parent) for found in folder.glob("eval/*/eval.json"))
         hint = f"; name one of {', '.join(below)}" if below else "; make one with: coatkit eval RUN --data ROWS"
         raise RunError(f"{folder}: holds no evaluation{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{path}: this coatkit reads evaluations of format {FORMAT}; evaluate again with --restart")
@@ -159,12 +159,25 @@ def read_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
         data = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             data = json.loads(line)
-        if not isinstance(data, dict) or not {"task", "index", "id"} <= data.keys():
+        if not isinstance(data, dict) or not _is_whole(data):
             raise RunError(f"{path}:{number}: damaged; evaluate again with --restart")
         found.append(data)
     return found
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether a line has what a line has, each of its kind; which of them it needs is said where it is used."""
+    lists = [line.get(key, []) for key in ("references", "choices")]
+    return (
+        {"task", "index", "id"} <= line.keys()
+        and isinstance(line["task"], str)
+        and type(line["index"]) is int
+        and isinstance(line.get("answer", ""), str)
+        and all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists)
+        and all(isinstance(line.get(key), int | float | None) for key in ("score", "rating"))
+    )
 
 
 def _text(lines: Iterable[dict[str, Any]]) -> str:

@@ -15,11 +15,12 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from coatkit.errors import SpecError
-from coatkit.spec_data import Source, SourceSpec, Strict, Text
+from coatkit.spec_data import Source, SourceSpec, Strict, Text, unit
 from coatkit.spec_reader import SpecReader, near
 
-MetricName = Literal["exact", "choice", "f1", "note", "wer", "bleu", "chrf", "judge"]
+MetricName = Literal["exact", "choice", "likelihood", "f1", "note", "wer", "bleu", "chrf", "judge"]
 METRICS: tuple[str, ...] = get_args(MetricName)
+WITH_CHOICES = ("choice", "likelihood", "f1")
 OPENAI = "https://api.openai.com/v1"
 _SECRET = re.compile(r"key|token|secret|password|passwd|auth|bearer|credential", re.IGNORECASE)
 
@@ -40,9 +41,11 @@ class TaskSpec(Strict):
     name: Text = Field(description="what it is called in the results")
     data: Source = Field(description="rows: a path, or a source with format and filter")
     metric: MetricName = Field(description="how answers are scored (docs/evaluation.md)")
-    max_new_tokens: int = Field(64, ge=1, le=4096, description="longest answer in tokens")
+    max_new_tokens: int = Field(
+        64, ge=1, le=4096, description="longest answer in tokens", json_schema_extra=unit("tokens")
+    )
     choices: Choices | None = Field(
-        None, description="answers there are, for `choice` and `f1`; a row's own `choices` come first"
+        None, description="answers there are, for `choice`, `likelihood` and `f1`; a row's own `choices` come first"
     )
     reference: Text | None = Field(
         None, description="key of a row that holds the right answer; the last assistant message when left out"
@@ -51,8 +54,8 @@ class TaskSpec(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> TaskSpec:
-        if self.choices is not None and self.metric not in ("choice", "f1"):
-            raise ValueError(f"choices: the metric {self.metric} takes none; choice and f1 do")
+        if self.choices is not None and self.metric not in WITH_CHOICES:
+            raise ValueError(f"choices: the metric {self.metric} takes none; {', '.join(WITH_CHOICES)} do")
         return self
 
 
@@ -64,11 +67,19 @@ class JudgeSpec(Strict):
     key_env: Text = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     allow_http: bool = Field(False, description="send the key and the answers unencrypted to another machine")
     concurrency: int = Field(8, ge=1, le=256, description="questions asked at once")
-    timeout: float = Field(60, gt=0, le=3600, description="longest wait for a reply, in seconds")
+    timeout: float = Field(
+        60, gt=0, le=3600, description="longest wait for a reply, in seconds", json_schema_extra=unit("seconds")
+    )
     max_retries: int = Field(3, ge=0, le=20, description="tries again when the server is busy, fails or is not reached")
-    temperature: float | None = Field(0, ge=0, le=2, description="null leaves it out, where a model refuses it")
+    temperature: float | None = Field(
+        0, ge=0, le=2, description="temperature of sampling; null leaves it out, where a model refuses it"
+    )
     max_tokens: int | None = Field(
-        1024, ge=1, le=65_536, description="longest reply; null leaves it out, where a model refuses it"
+        1024,
+        ge=1,
+        le=65_536,
+        description="longest reply; null leaves it out, where a model refuses it",
+        json_schema_extra=unit("tokens"),
     )
 
     # What might be a key is looked at before anything else, and never repeated.
