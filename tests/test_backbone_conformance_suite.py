@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import pytest
 
 import coatkit.testing
 from coatkit.testing import BackboneConformance
+from coatkit.verdict import Report, run_tests
 
 ROOT = Path(__file__).parents[1]
 BROKEN = ROOT / "tests" / "broken_backbones.py"
@@ -26,8 +23,6 @@ NEW_PROCESS = (
 SLOW = ("test_train_options", "test_bfloat16_trains", "test_embeddings")
 """Checks of many loads, tried only on the backbones that must fail them and on the good ones."""
 
-Report = dict[str, dict[str, tuple[str, str]]]
-"""Class to check to its outcome (passed, failed, skipped) and message."""
 Faults = dict[str, dict[str, str]]
 """Broken backbone to the checks it fails, and a piece of what each says."""
 
@@ -37,21 +32,8 @@ def run_suite(folder: Path, source: str, site: Path | None = None) -> Report:
     groups = ("Loading", "Sketch", "Folder", "Preparing", "Forward", "Learning", "Generating")
     imports = [f"from coatkit.testing.backbone_{name.lower()} import {name}Checks" for name in groups]
     head = ["from coatkit.testing import BackboneConformance", *imports, "", ""]
-    (folder / "test_authors.py").write_text("\n".join(head) + source)
-    command = [sys.executable, "-W", "error::pytest.PytestWarning", "-m", "pytest", "-q", "-c", os.devnull]
-    command += ["-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={folder / 'report.xml'}"]
-    command += [f"--basetemp={folder / 'tmp'}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "" if site is None else str(site)}
-    done = subprocess.run([*command, "test_authors.py"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    report: Report = {}
-    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
-        outcome, text = "passed", ""
-        for child in case:
-            outcome = {"failure": "failed", "error": "error", "skipped": "skipped"}[child.tag]
-            text = f"{child.get('message')}\n{child.text}"
-        report.setdefault(case.attrib["classname"].rpartition(".")[2], {})[case.attrib["name"]] = (outcome, text)
-    return report
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "" if site is None else str(site)}
+    return run_tests("\n".join(head) + source, folder, ["-W", "error::pytest.PytestWarning"], environment)
 
 
 def suite_of(

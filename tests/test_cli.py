@@ -13,7 +13,7 @@ from coatkit.manifest import Manifest
 from coatkit.plugins import Broken, Installed, Registry
 
 COMMANDS = ["train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "demo", "eval", "compare"]
-COMMANDS += ["probe", "ablate", "report", "latency", "export", "plugins"]
+COMMANDS += ["probe", "ablate", "report", "latency", "export", "schema", "explain", "doctor", "plugins", "new"]
 
 SPEC = """\
 name: quick

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,34 +18,19 @@ import coatkit.testing
 from coatkit.testing import ExpertConformance
 from coatkit.testing.guard import Watch, guarded
 from coatkit.testing.sounds import FILES
+from coatkit.verdict import Report, run_tests
 
 ROOT = Path(__file__).parents[1]
 BROKEN = ROOT / "tests" / "broken_experts.py"
 NEW_PROCESS = ("test_entry_module_imports_no_torch", "test_works_in_a_fresh_process")
 REACHING_OUT = ("test_uses_no_network", "test_writes_nothing_at_home")
 
-Report = dict[str, dict[str, tuple[str, str]]]
-"""Class to check to its outcome (passed, failed, skipped) and message."""
-
 
 def run_suite(folder: Path, source: str, *, without: tuple[str, ...] = (), site: Path | None = None) -> Report:
     """Run pytest on a file as an author would, in a process of its own."""
-    (folder / "test_authors.py").write_text(f"from coatkit.testing import ExpertConformance\n\n{source}")
-    command = [sys.executable, "-W", "error::pytest.PytestWarning", "-m", "pytest", "-q", "-c", os.devnull]
-    command += ["-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={folder / 'report.xml'}"]
-    command += [f"--basetemp={folder / 'tmp'}", "-k", f"not ({' or '.join(without)})" if without else ""]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "" if site is None else str(site)}
-    done = subprocess.run([*command, "test_authors.py"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    assert (folder / "report.xml").is_file(), done.stdout + done.stderr
-    report: Report = {}
-    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
-        [outcome, text] = ["passed", ""]
-        for child in case:
-            outcome = {"failure": "failed", "error": "error", "skipped": "skipped"}[child.tag]
-            text = f"{child.get('message')}\n{child.text}"
-        report.setdefault(case.attrib["classname"].rpartition(".")[2], {})[case.attrib["name"]] = (outcome, text)
-    return report
+    words = ["-W", "error::pytest.PytestWarning", "-k", f"not ({' or '.join(without)})" if without else ""]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "" if site is None else str(site)}
+    return run_tests(f"from coatkit.testing import ExpertConformance\n\n{source}", folder, words, environment)
 
 
 def failed(report: Mapping[str, tuple[str, str]]) -> set[str]:
@@ -331,12 +315,29 @@ def test_the_documentation_names_every_check_and_setting() -> None:
     assert {name for name in settings | {"backbone", "checkpoint"} if f"`{name}" not in text} == set()
 
 
+def test_the_documentation_names_every_broken_expert() -> None:
+    every = {**IN_THIS_PROCESS, **REACHES_OUT, **INSTALLED_FAULTS}
+    text = (ROOT / "docs" / "testing.md").read_text()
+    told = dict(re.findall(r"^\| expert \| `(\w+)` \| (.*) \|$", text, re.M))
+    assert told == {
+        name: ", ".join(dict.fromkeys(c.partition("[")[0] for c in faults)) for name, faults in every.items()
+    }
+
+
 def test_the_suite_is_loaded_on_first_use() -> None:
     code = "import sys, coatkit.testing, coatkit.testing.fresh; print('torch' in sys.modules, 'pytest' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
     with pytest.raises(AttributeError, match="suites: ExpertConformance"):
         coatkit.testing.ExpartConformance  # noqa: B018
+
+
+def test_pytest_says_which_coatkit_it_is_and_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import sys\n\ndef test_it():\n    assert 'torch' not in sys.modules\n")
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"coatkit: {coatkit.__version__}" in done.stdout
 
 
 def test_without_pytest_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from difflib import get_close_matches
 
@@ -26,8 +27,38 @@ _COMMANDS = {
     "report": "Make one page of a run, or of several side by side.",
     "latency": "Measure the time to the first token and to the whole answer.",
     "export": "Write a run's model for plain peft, transformers or vLLM.",
-    "plugins": "List experts, heads and backbones, and what failed to load.",
+    "schema": "Print the JSON Schema of specs, for editors.",
+    "explain": "Say what a key of a spec means.",
+    "doctor": "Look for what is wrong with environment, cache, a spec or a run.",
+    "plugins": "List experts, heads and backbones; check one.",
+    "new": "Start a plugin package: an expert, a head or a backbone.",
 }
+
+_SCREEN, _WIDTH = 23, 160
+"""Lines, and characters of a line, that an error may fill."""
+_OF_THE_PLACE = {"ENAMETOOLONG", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ELOOP"}
+"""What is wrong with a place, whatever is done there. A file that is missing is for the code that needs it to tell."""
+_TAKE_CODE = {"train", "check", "plan", "cache", "data", "mix", "fetch", "ask", "view", "demo", "eval", "probe"}
+_TAKE_CODE |= {"ablate", "latency", "export", "doctor", "plugins"}
+"""Commands that take a spec or a run, which may name classes of its own; of `plugins`, only `check` does."""
+
+
+def _allow_code() -> click.Option:
+    def allow(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+        if given:  # in the environment, so that the processes a command starts know it; for this command alone
+            before = os.environ.get("COATKIT_ALLOW_CODE")
+            os.environ["COATKIT_ALLOW_CODE"] = "1"
+            ctx.call_on_close(lambda: _put_back("COATKIT_ALLOW_CODE", before))
+
+    told = "Run code that a spec or run names from elsewhere; see docs/security.md."
+    return click.Option(["--allow-code"], is_flag=True, expose_value=False, is_eager=True, callback=allow, help=told)
+
+
+def _put_back(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 class _Lazy(click.Group):
@@ -38,6 +69,9 @@ class _Lazy(click.Group):
         if name not in _COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"coatkit.cli.{name}").command
+        takes = command.commands["check"] if name == "plugins" and isinstance(command, click.Group) else command
+        if name in _TAKE_CODE and not any(option.name == "allow_code" for option in takes.params):
+            takes.params.append(_allow_code())
         return command
 
     def resolve_command(
@@ -73,5 +107,31 @@ def main() -> None:
         cli(standalone_mode=True)
     except CoatkitError as error:
         # A file name need not be text: what cannot be printed is shown by its bytes.
-        click.echo(f"error: {error}".encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(f"error: {shown(error)}".encode("utf-8", "backslashreplace").decode(), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        from errno import errorcode
+
+        if errorcode.get(error.errno or 0) not in _OF_THE_PLACE or error.filename is None:
+            raise
+        remedy = "name another place, or make this one fit"
+        named = RuntimeError(f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}")
+        click.echo(f"error: {shown(named)}".encode("utf-8", "backslashreplace").decode(), err=True)
+        sys.exit(3)
+
+
+def shown(error: Exception) -> str:
+    """An error's text on one screen, as a terminal may show it: it may repeat what a file holds, which is anything."""
+    lines, left = [], _SCREEN
+    # Control characters would clear the screen or colour what follows; other ones turn the reading direction.
+    said = str(error).replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(said):
+        plain = "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line[: 4 * _WIDTH])
+        if len(line) > 4 * _WIDTH:
+            plain = f"{plain[: 4 * _WIDTH]} ..."
+        left -= 1 + len(plain) // _WIDTH
+        if left < 0:
+            lines.append(f"... and {len(said) - number} more lines")
+            break
+        lines.append(plain)
+    return "\n".join(lines)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coatkit.testing.backbones import BackboneConformance as BackboneConformance
     from coatkit.testing.experts import ExpertConformance as ExpertConformance
+    from coatkit.testing.heads import HeadConformance as HeadConformance
 
 _HOME = {
     "ExpertConformance": "coatkit.testing.experts",
     "BackboneConformance": "coatkit.testing.backbones",
+    "HeadConformance": "coatkit.testing.heads",
 }
 __all__ = list(_HOME)
 

@@ -58,6 +58,14 @@ def test_fewer_positions_are_rounded_for_each_sound_as_in_training() -> None:
     assert out.count(901) == round(2.5) + round(1.5) + 1
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.3, 0.5, 1.0, 1.5, 4.0])
+def test_every_length_is_that_of_training(ratio: float) -> None:
+    from coatkit.thinking import thinking_length
+
+    served = Block(900, 901, 902, ratio, ())
+    assert [served.length(n) for n in range(1, 2_000)] == [thinking_length(n, ratio) for n in range(1, 2_000)]
+
+
 def test_text_alone_is_left_as_it_is() -> None:
     assert expand([1, 2, 3], [], BLOCK) == ([1, 2, 3], [])
 
