@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(wildcard plugins/*))
 QUICKSTART := examples/quickstart
-PARITY := basic_pitch emotion2vec mert panns spidr
+PARITY := basic_pitch emotion2vec mert panns speaker spidr
 
-.PHONY: quickstart test lint docs parity test-formats test-qlora test-deepspeed test-lmms test-vllm test-own-env test-compile test-web bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup paper-experts setup weights clean
+.PHONY: soak fuzz test-editor test-wheels audit quickstart test lint docs parity test-crash test-formats test-qlora test-deepspeed test-lmms test-vllm test-own-env test-compile test-web test-docs bench bench-growth bench-experts bench-data bench-train bench-prefill bench-startup bench-server paper-experts setup weights clean
 
 quickstart: setup weights
 	$(BIN)/coatkit train $(QUICKSTART)/spec.yaml --resume
@@ -21,8 +21,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs:
-	@echo "The documentation is the Markdown in docs/; the site comes with the documentation issue."
+# The site of the documentation, in site/: open site/index.html. It reads without a network, and so does its search.
+docs: setup .docs/.installed
+	NO_MKDOCS_2_WARNING=1 .docs/bin/python -m mkdocs build --strict
+
+.docs/.installed: docs/requirements.txt $(VENV)/.installed
+	$(PYTHON) -m venv .docs
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PLACE))')" > $$(.docs/bin/python $(PLACE))/beside.pth
+	.docs/bin/python -m pip install -q --no-deps -r docs/requirements.txt
+	touch $@
 
 # Compare every expert with the package it stands for, which runs in an environment of its own (.parity). Writes the
 # table in docs/experts.md. HOME is moved, because panns-inference writes into it when it is imported.
@@ -37,7 +44,25 @@ parity: setup .parity/.installed
 	$(PYTHON) -m venv .parity
 	.parity/bin/python -m pip install -q -r tests/parity/requirements.txt
 	.parity/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/parity/packages.txt
+	.parity/bin/python -m pip download -q --no-deps -d .parity/wheels Resemblyzer==0.1.4
 	touch $@
+
+# Kill trainers and writers 110 times, and compare what comes out with what nobody killed; 20 minutes.
+test-crash: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/crash/matrix.py --kills 110
+
+# Spoiled specs, rows, sounds, runs, stores and plugins by the thousand: FUZZ="--cases 4000 --seed 1". Writes the table in
+# docs/reliability.md; a quarter of an hour.
+FUZZ ?= --cases 4000
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py $(FUZZ) --write docs/reliability.md
+
+# A long small run, whose memory, open files, rows and features are watched (docs/reliability.md); STEPS=N for its length, and
+# two hundred requests at once on the demo.
+STEPS ?= 4000
+soak: setup .web/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --steps $(STEPS) --write docs/reliability.md
+	OMP_NUM_THREADS=1 .web/bin/python -m pytest -m web -s tests/web/test_demo_load.py
 
 # Read what lhotse and datasets write today, in an environment of their own (.formats).
 test-formats: setup .formats/.installed
@@ -64,7 +89,7 @@ test-lmms: setup .lmms/.installed
 # Exported runs in vLLM against transformers, in vLLM's own environment (.vllm). Writes the table in docs/serving.md.
 test-vllm: setup .vllm/.installed
 	rm -rf .vllm/work && OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/make.py .vllm/work
-	COATKIT_VLLM_WORK=$(CURDIR)/.vllm/work COATKIT_VLLM_COMMAND=$(CURDIR)/$(BIN)/coatkit PYTHONPATH=tests/vllm/site \
+	COATKIT_VLLM_WORK=$(CURDIR)/.vllm/work COATKIT_VLLM_COMMAND=$(CURDIR)/$(BIN)/coatkit PYTHONPATH=tests/vllm/startup \
 	  OMP_NUM_THREADS=1 .vllm/bin/python -m pytest --confcutdir=tests/vllm -p no:cacheprovider tests/vllm
 	$(BIN)/python tests/vllm/table.py .vllm/work docs/serving.md
 
@@ -106,9 +131,36 @@ test-own-env: setup .own-env/.installed
 	.own-env/bin/python -m pip install -q -r tests/own_env/requirements.txt
 	touch $@
 
+# Specs in a YAML language server, as editors run it (.editor; needs node and npm).
+test-editor: setup .editor/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/editor
+
+.editor/.installed:
+	npm install --silent --no-fund --no-audit --prefix .editor yaml-language-server@1.25.0
+	touch $@
+
+# Every package as sdist and wheel, and installed from wheels alone into environments that have no other coatkit (.wheels).
+test-wheels: setup .wheels/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/wheels tests/test_new.py
+
+.wheels/.installed:
+	$(PYTHON) -m venv .wheels
+	.wheels/bin/python -m pip install -q build==1.6.1 setuptools==84.2.1 wheel
+	touch $@
+
 # Pages in a browser: playwright with the Chromium of this machine (or that named by CHROMIUM), and none that is fetched.
-test-web: setup .web/.installed
+test-web: setup .web/.installed docs
 	OMP_NUM_THREADS=1 .web/bin/python -m pytest -m web tests/web
+
+# All that the documentation shows; `make test` leaves out what takes longest.
+test-docs: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_docs.py tests/test_docs_blocks.py
+
+# Licences of everything that is installed, into docs/dependencies.md; and known vulnerabilities, which needs the network.
+audit: setup
+	$(BIN)/python docs/tools/licences.py --write
+	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install -q pip-audit==2.10.1; }
+	.audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # The language model's layers compiled: the same losses and gradients; needs a C++ compiler.
 test-compile: setup
@@ -139,6 +191,10 @@ bench-prefill: setup weights
 bench-startup: setup
 	$(BIN)/python benchmarks/startup.py
 
+# The same on vLLM, with its own benchmark: two servers of the default backbone. Writes its table in docs/serving.md.
+bench-server: setup weights .vllm/.installed
+	$(BIN)/python benchmarks/server.py
+
 # A few steps with all six experts at full size; random weights, because their checkpoints are not fetched here.
 paper-experts: setup
 	rm -rf examples/runs/paper-experts
@@ -160,4 +216,4 @@ weights: setup
 	$(BIN)/coatkit fetch mini
 
 clean:
-	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web .lmms .vllm build dist *.egg-info plugins/*/src/*.egg-info
+	rm -rf $(VENV) .parity .formats .qlora .deepspeed .own-env .web .lmms .vllm .audit .docs site .editor .wheels build dist *.egg-info plugins/*/src/*.egg-info
