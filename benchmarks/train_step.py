@@ -148,13 +148,13 @@ def arm(name: str, backbone: str, experts: tuple[str, ...], folder: Path) -> dic
         )
         keep_freed_memory()  # as `coatkit train` does
         ends: list[tuple[float, float]] = []
-        log = trainer._log
+        log = trainer.Journal.log
 
-        def clocked(session: Any, board: Any, stage: Any, numbers: dict[str, float]) -> None:
-            log(session, board, stage, numbers)
+        def clocked(journal: Any, position: Any, stage: str, numbers: dict[str, float], *rest: Any) -> Any:
             ends.append((numbers["epoch"], time.process_time()))
+            return log(journal, position, stage, numbers, *rest)
 
-        trainer._log = clocked
+        trainer.Journal.log = clocked
         before = _peak()
         trainer.train(loaded)
         half = max(end for epoch, end in ends if epoch < 1 + 1e-9)

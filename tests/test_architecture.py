@@ -13,49 +13,51 @@ CORE = ROOT / "coatkit"
 
 # From the bottom up: a module imports only from lines above its own, at import time or later.
 LAYERS = """
-errors files manifest memory losses readout progress sharding head_options backbones.options spec_data data.budgets
+errors files spikes manifest memory losses readout progress page sharding head_options backbones.options spec_data
+data.budgets
 spec zero data.lines data.formats.tables
 hookspecs spec_reader protocols precision download weights data.rows checkpoint thinking store
 data.containers data.formats.common
 data.formats.columns
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper backbones.quantize
 data.formats.ms_swift data.formats.sharegpt data.formats.nemo data.formats.lhotse
-data.formats.datasets data.formats.parquet backbones.counting
+data.formats.datasets data.formats.parquet backbones.counting trust
 spec_file data.readers packing backbones.preparer backbones.adapters run_folder
-data.filters data.steps backbones.chat
+data.filters data.steps backbones.chat journal recovery
 data.pools backbones.publishing
 data.mixture
 data.sources
 data.scan
 model backbones.hf backbones.folder backbones.tiny
 features gradients
-build optimization run_record plan_rows worker
+build calibrate optimization run_record plan_rows worker
 foreign
-plan_costs extract data.survey
+plan_costs extract data.survey verdict scaffold
 plan data.page thought
 streaming
 trainer infer evaluation.text evaluation.choices evaluation.notes evaluation.suite evaluation.rubric
-evaluation.metrics evaluation.cot evaluation.judge_client analysis.plots analysis.page analysis.agreement
+debug_nan evaluation.metrics evaluation.cot evaluation.judge_client analysis.plots analysis.agreement
 evaluation.bootstrap evaluation.items analysis.latency analysis.report_read analysis.hear analysis.view_plots
 serving
-evaluation.predictions evaluation.results evaluation.judge analysis.latency_local analysis.report analysis.view
+evaluation.likelihood evaluation.predictions evaluation.results evaluation.judge
+analysis.latency_local analysis.report analysis.view
 evaluation.generate evaluation.compare analysis.latency_server
 evaluation.evaluate analysis.probe analysis.probe_states analysis.ablate_study analysis.ablate_table demo.guard
-analysis.ablate_arms analysis.ablate_job analysis.probe_report demo.asking
-analysis.ablate_processes analysis.ablate_runs demo.page
+analysis.ablate_arms analysis.ablate_job analysis.probe_report demo.asking schema
+analysis.ablate_processes analysis.ablate_runs demo.page explain doctor
 analysis.ablate demo.server export.card export.hub
 export.write
-testing.suite testing.guard testing.sounds testing.checkpoints
+testing.suite testing.guard testing.sounds testing.checkpoints testing.pytest_plugin
 testing.bench testing.fresh
 testing.loading
 testing.expert_base testing.backbone_bench
 testing.expert_encoding testing.expert_loading testing.expert_loss testing.backbone_base
 testing.backbone_loading testing.backbone_preparing testing.backbone_forward
 testing.backbone_learning testing.backbone_generating testing.backbone_folder testing.backbone_sketch
-testing.experts testing.backbones
+testing.experts testing.backbones testing.heads
 cli.ablate
 cli.ask cli.cache cli.check cli.compare cli.data cli.eval cli.fetch cli.latency cli.mix cli.plan cli.plugins cli.train
-cli.demo cli.export cli.probe cli.report cli.view
+cli.demo cli.doctor cli.explain cli.export cli.new cli.probe cli.report cli.schema cli.view
 cli
 __main__
 """
@@ -67,8 +69,8 @@ PACKAGES = {"", "data", "data.formats", "backbones", "evaluation", "analysis", "
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
     *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_data", "spec_file", "spec_reader"),
-    *("assets", "download", "head_options", "backbones.options", "evaluation.suite"),
-    *("analysis.ablate_study", "analysis.ablate_arms"),
+    *("assets", "download", "files", "trust", "head_options", "backbones.options", "evaluation.suite"),
+    *("analysis.ablate_study", "analysis.ablate_arms", "schema", "explain", "doctor", "verdict", "scaffold"),
 }
 
 MODULES = {
@@ -199,12 +201,25 @@ def test_no_file_is_long(path: Path) -> None:
 
 
 # What stands beside the method: commands, planning, drawing and looking at data, readers of foreign formats, other
-# interpreters and launchers, the feature store, using and exporting a run, evaluation, analysis and demo, and the kit
-# for authors. The rest is what a reader of the method goes through.
+# interpreters and launchers, the feature store, passes that measure losses, fetching weights, what guards a run and
+# says what is wrong, using and exporting a run, evaluation, analysis and demo, and the kit for authors. The rest is
+# what a reader of the method goes through.
 ASIDE = ("testing", "cli", "plan", "evaluation", "data.formats", "data.lines", "data.containers", "data.mixture")
-ASIDE += ("data.pools", "data.budgets", "data.filters", "data.survey", "data.page", "extract", "foreign", "worker")
+ASIDE += (
+    "data.pools",
+    "data.budgets",
+    "data.filters",
+    "data.survey",
+    "data.page",
+    "page",
+    "extract",
+    "foreign",
+    "worker",
+)
 ASIDE += ("zero", "backbones.quantize", "download", "store", "features", "thought", "analysis", "demo")
-ASIDE += ("export", "backbones.chat", "backbones.publishing", "infer", "serving", "streaming")
+ASIDE += ("export", "backbones.chat", "backbones.publishing", "infer", "serving", "streaming", "calibrate", "gradients")
+ASIDE += ("assets", "trust", "doctor", "journal", "recovery", "spikes", "schema", "explain", "verdict", "scaffold")
+ASIDE += ("debug_nan",)
 
 
 def test_the_core_is_small() -> None:
