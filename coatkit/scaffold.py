@@ -32,6 +32,7 @@ _TODO = {
     "backbone": "- Put your model into `src/{module}/backbone.py`; what is there is GLM-ASR.\n"
     "- Compare what the preparer gives with the stock processor's ids once, on real files.",
 }
+_NO_LICENCE = "\n- Choose a licence: a file `LICENSE`, `license` in `pyproject.toml`, `code_licence` in the manifest."
 
 
 def write_package(kind: Kind, name: str, folder: Path, licence: str = "apache-2.0") -> Path:
@@ -56,7 +57,7 @@ def write_package(kind: Kind, name: str, folder: Path, licence: str = "apache-2.
         "licence_lines": "" if licence == "none" else f'license = "{LICENCES[licence]}"\nlicense-files = ["LICENSE"]\n',
         "dependencies": ", ".join(f'"{one}"' for one in _dependencies(kind)),
         "example": _EXAMPLE[kind].format(name=name),
-        "todo": _TODO[kind].format(module=module),
+        "todo": _TODO[kind].format(module=module) + (_NO_LICENCE if licence == "none" else ""),
         "year": str(date.today().year),
         "holder": f"the authors of {distribution}",
     }

@@ -7,6 +7,7 @@ import random
 import runpy
 import shutil
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 import soundfile
 
 from coatkit.analysis.ablate_arms import arms_of
+from coatkit.analysis.ablate_job import is_trained
 from coatkit.analysis.ablate_study import read_study
+from coatkit.checkpoint import FORMAT
 from coatkit.data.rows import JsonlRows
 
 STUDY = Path(__file__).parents[1] / "examples/mini-study"
@@ -128,3 +131,29 @@ def test_every_closed_question_is_asked_in_words_and_by_likelihood(folder: Path)
         assert (words.metric, likely.metric) == ("choice", "likelihood")
         assert words.choices == likely.choices
         assert words.data == likely.data
+
+
+def test_what_is_kept_of_a_run_is_done_elsewhere_and_holds_no_weights(tmp_path: Path) -> None:
+    collect = runpy.run_path(str(STUDY / "collect.py"))
+    study, run = tmp_path / "study", tmp_path / "study/arms/all/seed-0"
+    for step, stage in ((35, 1), (140, 2)):
+        position = {"format": FORMAT, "step": step, "stage": stage, "stage_step": 0}
+        write(run / f"checkpoints/step-{step:08d}/state.json", json.dumps(position))
+        write(run / f"checkpoints/step-{step:08d}/model.safetensors", "weights")
+    for name in ("run.json", "metrics.jsonl", "evaluations/study/predictions.jsonl", "tensorboard/events"):
+        write(run / name, name)
+    write(study / "results.json", "{}")
+    collect["keep"](study, ["all/seed-0"], tmp_path / "kept.tar.xz")
+    with tarfile.open(tmp_path / "kept.tar.xz") as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    there = tmp_path / "there/arms/all/seed-0"
+    assert {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()} == {
+        "checkpoints/step-00000140/state.json", "run.json", "metrics.jsonl", "evaluations/study/predictions.jsonl",
+    }  # fmt: skip
+    assert is_trained(there, stages=2)
+    assert not is_trained(there, stages=3)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

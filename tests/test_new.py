@@ -81,6 +81,7 @@ def test_licences(tmp_path: Path, licence: str, spdx: str | None, first: str | N
     project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     assert project.get("license") == spdx
     assert (package / "LICENSE").exists() == (first is not None)
+    assert ("Choose a licence" in (package / "README.md").read_text()) == (first is None)
     if first is not None:
         assert first in (package / "LICENSE").read_text().strip().splitlines()[0]
         assert f'code_licence="{spdx}"' in (package / "src/coatkit_head_mine/__init__.py").read_text()

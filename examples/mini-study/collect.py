@@ -5,6 +5,9 @@
 Writes DOCS/results/mini-study.json (all scores, differences and curves; no path of this machine), the tables between
 the markers of DOCS/results/mini-study.md, and DOCS/images/mini-study-*.png. Of a study that is not finished the page
 says which runs are missing.
+
+    python collect.py --keep runs.tar.xz                       # every answer of the runs that are done; no weights
+    tar -xJf runs.tar.xz -C runs/mini-study                    # elsewhere: `coatkit ablate` goes on from there
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "runs/mini-study")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="write the finished runs' answers and records")
     arguments = parser.parse_args()
     results = json.loads((arguments.study / "results.json").read_text(encoding="utf-8"))
     done = {name for name, run in results["runs"].items() if run["state"] == "done"}
+    if arguments.keep:
+        keep(arguments.study, sorted(done), arguments.keep)
+        return
     curves = {name: curve(arguments.study / "arms" / name) for name in sorted(done)}
     raw = {
         "study": {key: results[key] for key in ("name", "coatkit", "seeds", "draws", "arms")},
@@ -62,6 +70,26 @@ def main() -> None:
         said = put(said, name, table)
     page.write_text(said, encoding="utf-8")
     print(state(raw))
+
+
+def keep(study: Path, done: list[str], to: Path) -> None:
+    """Answers, records and metrics of finished runs; of the last checkpoint only where it stands."""
+    with tarfile.open(to, "w:xz") as archive:
+        archive.add(study / "results.json", "results.json", filter=anonymous)
+        for name in done:
+            run = study / "arms" / name
+            last = max(run.glob("checkpoints/step-*/state.json"))
+            for path in sorted(run.rglob("*")):
+                inside = path.relative_to(run)
+                heavy = inside.parts[0] in ("checkpoints", "tensorboard", "probes") or path.suffix == ".safetensors"
+                if path.is_file() and (path == last or not heavy):
+                    archive.add(path, Path("arms", name, inside), filter=anonymous)
+
+
+def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def shortened(match: re.Match[str]) -> str:
