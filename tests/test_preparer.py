@@ -266,7 +266,8 @@ def test_front_end_equals_the_stock_processors(
     frames = ours["input_features"].shape[-1]
     assert frames <= 3000
     assert (seconds > 29) or frames < 1.1 * 100 * seconds + 4
-    assert torch.equal(ours["input_features"], stock["input_features"][..., :frames])
+    # A product of another shape may round otherwise: by 1.2e-7 on an AMD EPYC, for windows of 8 frames.
+    torch.testing.assert_close(ours["input_features"], stock["input_features"][..., :frames], rtol=0, atol=1e-6)
     assert torch.equal(ours["input_features_mask"], stock["input_features_mask"][:, :frames])
     assert (stock["input_features_mask"][:, frames:] == 0).all()
 
