@@ -25,6 +25,7 @@ from coatkit.sharding import fill, like, whole
 from coatkit.zero import Moments, ZeroOptimizer
 
 FORMAT = 2
+_INTACT = "Earlier checkpoints are intact. Make room if it is full, and continue with --resume."
 
 
 @dataclass
@@ -111,7 +112,7 @@ def save(
             shutil.rmtree(gone)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{final}: cannot be written: {error}\n  Earlier checkpoints are intact.") from None
+        raise RunError(f"{final}: cannot be written: {error}\n  {_INTACT}") from None
     return final
 
 

@@ -24,6 +24,7 @@ from coatkit.features import TOWER, about_expert, about_tower, root_of, source_o
 from coatkit.model import check_features
 from coatkit.precision import exact_float32
 from coatkit.protocols import AudioBatch, Backbone, Expert, Features
+from coatkit.recovery import start_worker
 from coatkit.spec_data import DataSpec
 from coatkit.spec_file import LoadedSpec
 from coatkit.store import About, Dtype, StoreWriter, sound_key
@@ -240,7 +241,9 @@ class _SoundReader(Dataset[tuple[list[tuple[str, sound.Samples, float]], list[st
 
 def _read(readers: Sequence[_SoundReader], workers: int) -> Iterator[tuple[list[tuple[str, Any, float]], list[str]]]:
     for reader in readers:
-        yield from DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        yield from DataLoader(
+            reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=start_worker
+        )
 
 
 def _as_it_is(item: Any) -> Any:

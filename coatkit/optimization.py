@@ -11,6 +11,7 @@ from torch import nn
 
 from coatkit.errors import RunError
 from coatkit.model import CoatModel
+from coatkit.recovery import SIGNALS
 from coatkit.spec import StageSpec
 
 
@@ -62,15 +63,6 @@ def schedule(stage: StageSpec, step: int) -> float:
     return 1.0
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """In a data worker: a signal to the whole process group must not end it while the trainer still saves."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Stop:
     """Turns SIGTERM, SIGUSR1 and the first SIGINT into a wish to stop after this step; a second SIGINT stops at once.
 
@@ -82,7 +74,7 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread, as in some notebooks: the caller keeps its own handling

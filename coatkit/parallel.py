@@ -63,16 +63,14 @@ class Team:
         """Do something in the first process only; all wait for it, and all raise what it raises.
 
         Raises:
-            CoatkitError: The first process's.
+            CoatkitError, OSError: The first process's.
         """
-        problem: CoatkitError | None = None
+        problem: CoatkitError | OSError | None = None
         if self.leads:
             try:
                 work()
-            except CoatkitError as error:
+            except (CoatkitError, OSError) as error:  # told to all, or the others would wait for ever
                 problem = error
-            except OSError as error:  # told here, or the others would wait for ever
-                problem = RunError(f"{error.filename or 'the run folder'}: {error.strerror or error}")
         if first := self.gather(problem)[0]:
             raise first
 

@@ -1,5 +1,5 @@
 """What a run does when something around it breaks: one process holds the folder, a damaged checkpoint is passed over,
-a moved project is followed, and a full disk or a killed data worker is told in words.
+a moved project is followed, and a full disk or a killed data worker is told in words, once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,13 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +28,13 @@ from coatkit.files import write_atomic
 from coatkit.run_folder import RunFolder
 
 INTACT = "What was saved before is intact; continue with --resume when this is mended."
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a trainer to save and end."""
+_REFUSALS = (OSError, RuntimeError, EOFError)
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
+}
 
 
 class Hold:
@@ -52,7 +65,8 @@ class Hold:
             self.folder.mkdir(parents=True, exist_ok=True)
             opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written: {error.strerror or error}") from None
+            remedy = f"{_REMEDIES.get(error.errno or 0, 'Mend that')}, or name another folder with --set output=..."
+            raise RunError(f"{self.folder}: cannot be written: {error.strerror or error}.\n  {remedy}") from None
         try:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -64,9 +78,10 @@ class Hold:
                 f"{self.folder}: another process trains here ({who or 'unknown'}).\n"
                 "  Wait for it or stop it (its lock ends with it), or name another folder with --set output=..."
             ) from None
-        os.ftruncate(opened, 0)
-        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._file = opened
+        with suppress(OSError):  # a full disk: it is held all the same, and what has to be written says so
+            os.ftruncate(opened, 0)
+            os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def __enter__(self) -> Hold:
         return self
@@ -77,26 +92,81 @@ class Hold:
         if self._file is not None:
             os.close(self._file)  # the file stays: removing it would let two hold one name
             self._file = None
-        if isinstance(error, OSError | RuntimeError | EOFError) and (words := _in_words(error, self.folder)):
+        if isinstance(error, _REFUSALS) and (words := _in_words(error, self.folder, INTACT)):
             raise RunError(words) from error
 
 
-def _in_words(error: OSError | RuntimeError | EOFError, folder: Path) -> str | None:
+@contextmanager
+def in_words(place: Path, intact: str) -> Iterator[None]:
+    """Turns what the machine refuses into words: a full disk, too few descriptors, a data worker that was killed.
+
+    Args:
+        place: What is named where the machine names no file.
+        intact: What is said of what was written before, and how to go on.
+
+    Raises:
+        RunError: With the place and the remedy.
+    """
+    try:
+        yield
+    except _REFUSALS as error:
+        if words := _in_words(error, place, intact):
+            raise RunError(words) from error
+        raise
+
+
+def _in_words(error: OSError | RuntimeError | EOFError, place: Path, intact: str) -> str | None:
     """What the machine refused, and the remedy; None for an error of another kind."""
     text = str(error)
-    if (isinstance(error, OSError) and error.errno == errno.EMFILE) or "Too many open files" in text:
-        return f"{folder}: too many open files. Raise the limit (ulimit -n 4096), or lower data.workers.\n  {INTACT}"
+    # Sent by a process whose table has room to one that has none, descriptors are lost, and that is all torch says.
+    few = ("Too many open files", "items of ancillary data")
+    if (isinstance(error, OSError) and error.errno == errno.EMFILE) or any(words in text for words in few):
+        return f"{place}: too many open files. Raise the limit (ulimit -n 4096), or lower data.workers.\n  {intact}"
     # A killed worker shows itself as any of these: torch's own words come only once the system has reaped it.
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         return (
             f"a data worker ended: {(text or 'its pipe closed').splitlines()[0]}\n"
             "  It may have been killed for memory; lower data.workers or the batch, or give it more memory and shared"
-            f" memory.\n  {INTACT}"
+            f" memory. If it wrote of too many open files, raise the limit (ulimit -n 4096).\n  {intact}"
         )
     if isinstance(error, OSError) and error.errno is not None:
-        remedy = "Make room there. " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-        return f"{error.filename or folder}: {error.strerror or text}. {remedy}{INTACT}"
+        remedy = f"{_REMEDIES[error.errno]}. " if error.errno in _REMEDIES else ""
+        return f"{os.fsdecode(error.filename or place)}: {error.strerror or text}. {remedy}{intact}"
     return None
+
+
+def start_worker(worker: int) -> None:
+    """In a data worker: a signal to the process group must not end it while the trainer still saves, and what it cannot
+    hand over has to end it, for the trainer would wait for that for ever.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(lambda error, item: _end_worker(error))  # type: ignore[attr-defined]
+    sys.excepthook = lambda kind, error, trace: _end_worker(error)  # of the thread that hands over descriptors
+
+
+def _end_worker(error: BaseException) -> None:
+    print(f"a data worker cannot hand over its rows: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def say_it_once() -> None:
+    """Print no traceback of what a run raises anyway; for the whole process, whose threads may outlast the run.
+
+    TensorBoard's thread fails, and its error comes again where the run writes next. A loader of torch's that could not
+    start fails once more when it is thrown away.
+    """
+    in_thread, ignored = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            in_thread(args)
+
+    def of_loader(args: sys.UnraisableHookArgs) -> None:
+        if getattr(args.object, "__qualname__", "") != "_MultiProcessingDataLoaderIter.__del__":
+            ignored(args)
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_loader
 
 
 def newest_sound(run: RunFolder) -> tuple[Path | None, list[str]]:

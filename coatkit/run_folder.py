@@ -96,7 +96,8 @@ class RunFolder:
             write_atomic(self.spec, yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
             self.write_record(record)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+            remedy = "Mend that, or name another folder with --set output=..."
+            raise RunError(f"{self.path}: cannot be written: {error.strerror or error}.\n  {remedy}") from None
 
     def check_same(self, spec: dict[str, Any], record: dict[str, Any], before: dict[str, Any] | None = None) -> None:
         """Check that a run here was made from the same spec, data and experts.

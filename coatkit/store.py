@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -37,6 +38,7 @@ SHARD_BYTES = 64 << 20
 _RECORD = np.dtype(
     [("key", "S32"), ("shard", "<u4"), ("offset", "<u8"), ("frames", "<u4"), ("dim", "<u4"), ("scale", "<u8")]
 )
+INTACT = "What was stored before is intact; make room if it is full, and give the same command again to go on."
 _SUM = 16
 """Bytes of the digest behind an index."""
 _SIZES = {"F32": 4, "F16": 2, "I8": 1}
@@ -255,9 +257,9 @@ class StoreWriter:
         try:
             with written_beside(path) as partial:
                 save_file(self._held, partial, metadata)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(
-                f"{self.folder}: cannot be written: {error.strerror or error}; what was stored before is intact"
+                f"{self.folder}: cannot be written: {getattr(error, 'strerror', None) or error}.\n  {INTACT}"
             ) from None
         self._held, self._bytes = {}, 0
 

@@ -33,10 +33,10 @@ from coatkit.features import open_stores
 from coatkit.gradients import look_into, refuse_sharded
 from coatkit.journal import Journal
 from coatkit.model import CoatModel, whose
-from coatkit.optimization import Stop, group_parameters, leave_signals_to_parent, schedule
+from coatkit.optimization import Stop, group_parameters, schedule
 from coatkit.parallel import Learner, Team, summed
 from coatkit.progress import TrainingProgress
-from coatkit.recovery import Hold, follow, newest_sound
+from coatkit.recovery import Hold, follow, newest_sound, start_worker
 from coatkit.run_folder import RunFolder
 from coatkit.run_record import describe, opening_lines
 from coatkit.spec import StageSpec
@@ -337,7 +337,7 @@ def steps_of(session: Session, stage: StageSpec) -> Iterable[Step]:
         batch_size=None,
         sampler=range(position.stage_step, stage.steps),
         num_workers=spec.data.workers,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the training's
         pin_memory=team.device.type == "cuda",
     )

@@ -45,7 +45,13 @@ def command(
     if verify:
         _verify(loaded)
         return
-    _extract(loaded, chosen, python, yes)
+    from coatkit.features import root_of
+    from coatkit.recovery import in_words, say_it_once
+    from coatkit.store import INTACT
+
+    say_it_once()
+    with in_words(root_of(loaded), INTACT):
+        _extract(loaded, chosen, python, yes)
 
 
 def _extract(loaded: Any, names: list[str], python: Path | None, yes: bool) -> None:

@@ -44,9 +44,11 @@ def command(spec: Path, overrides: tuple[str, ...], resume: bool, debug_nan: boo
             click.echo(line)
         return
     from coatkit.memory import keep_freed_memory
+    from coatkit.recovery import say_it_once
     from coatkit.trainer import train
 
-    keep_freed_memory()  # here and not in the library: it is for the whole process
+    keep_freed_memory()  # here and not in the library, as they are for the whole process
+    say_it_once()
     try:
         result = train(loaded, resume=resume)
     except KeyboardInterrupt:  # while loading, or the second of two

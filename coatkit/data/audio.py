@@ -127,6 +127,7 @@ def _sound(ref: AudioRef, done: str) -> Iterator[Any]:
                 _check_end(ref, file)
             yield sound
     except _UNREADABLE as error:
+        os.close(os.open(os.devnull, os.O_RDONLY))  # an OSError when descriptors ran out, which is no fault of the row
         raise DataError(f"{ref}: cannot be {done}: {_reason(ref, error)}") from None
 
 

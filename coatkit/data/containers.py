@@ -5,6 +5,7 @@ A slice is read where it lies and nowhere else: names in a tar file are never lo
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -53,6 +54,8 @@ def _slice(ref: AudioRef, offset: int, length: int) -> io.BufferedReader:
         # A pipe would be waited for.
         descriptor = os.open(ref.path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise  # no fault of the row
         raise DataError(f"{ref.path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         found = os.fstat(descriptor)
