@@ -47,8 +47,12 @@ def finish(process: Any, expected: int = 0) -> str:
     return str(output)
 
 
+def told(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return told(folder / "metrics.jsonl")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -247,6 +251,94 @@ def test_a_bad_row_of_one_process_stops_both_with_its_name(project: Any) -> None
         victim.write_bytes(kept)
     assert "r05.flac" in output
     assert "coatkit/trainer.py" not in output  # the launcher adds a traceback of its own, we none
+
+
+UNSTABLE = """
+import torch
+from torch import nn
+from coatkit import Expert, Features, Head
+
+class Unstable(Expert):
+    # A clip's first sample says what its loss does: 0.6 makes it NaN, 0.7 its gradient alone, 0.8 makes it large.
+    sample_rate, frame_rate, dim = 16_000, 25.0, 1
+
+    def encode(self, audio):
+        frames = -(-audio.lengths // 640)
+        value = audio.samples[:, 0].mul(10).round()
+        return Features(value[:, None, None].expand(-1, int(frames.max()), 1), frames, self.frame_rate)
+
+    def loss(self, predicted, target, mask):
+        kinds = set(target[mask].round().int().flatten().tolist())
+        loss = 0.01 * predicted[mask].square().mean()
+        if 6 in kinds:  # a constant: its gradient is finite, so the other process learns of it from the sums alone
+            loss = loss + torch.nan
+        if 7 in kinds:
+            loss = loss + (0.0 * predicted[mask]).sqrt().sum()
+        return {"mse": loss + (30.0 if 8 in kinds else 0.0)}
+"""
+EACH = """
+import hashlib, json, os
+from coatkit import trainer
+from coatkit.journal import Journal
+
+def write(**said):
+    with open(os.environ["EACH"] + os.environ["RANK"], "a") as stream:
+        stream.write(json.dumps(said) + "\\n")
+
+def skip(journal, position, rows, *more):
+    write(step=position.step, rows=rows)
+    true_skip(journal, position, rows, *more)
+
+def save(session, moments):
+    digest = hashlib.sha256()
+    for _, parameter in session.model.named_parameters():
+        whole = trainer.checkpoint.whole(parameter.detach())
+        digest.update(whole.float().numpy().tobytes())
+    write(digest=digest.hexdigest(), skipped=session.position.skipped)
+    true_save(session, moments)
+
+true_skip, Journal.skip = Journal.skip, skip
+true_save, trainer._save = trainer._save, save
+"""
+
+
+@pytest.mark.parametrize("how", ["repeated", "sharded"])
+def test_nan_and_spikes_of_one_process_are_told_once_and_both_do_the_same(
+    new_project: Callable[[], Any], sound: Any, how: str
+) -> None:
+    made = new_project()
+    (made.folder / "unstable.py").write_text(UNSTABLE)
+    for name, first in (("nan", 0.6), ("gradient", 0.7), ("large", 0.8)):
+        samples = sound(0.3, len(name)) * 0.1
+        samples[0] = first
+        made.add_clip(name, samples)
+    made.spec["experts"] = {"audio": {}, "unstable": {"use": "./unstable.py:Unstable"}}
+    made.spec["optimizer"] = {"max_skipped": 100}
+    weights = {"audio": 1.0, "unstable": 1.0}
+    made.spec["stages"] = [{**made.spec["stages"][0], "steps": 28, "batch": {"rows": 4}, "weights": weights}]
+    alone = made.train("output=alone")
+    lines = {file: told(alone.folder / f"{file}.jsonl") for file in ("skipped", "spikes")}
+    assert all({"nan", "gradient"} & set(line["rows"]) for line in lines["skipped"])
+    assert len(lines["skipped"]) > 5
+    assert 0 < len(lines["spikes"]) < 5
+    assert all("large" in line["rows"] for line in lines["spikes"])
+    each = made.folder / "each"
+    environment = {"ACCELERATE_USE_FSDP": "true"} if how == "sharded" else {}
+    output = finish(launch(made.folder / "spec.yaml", "output=both", first=EACH, EACH=str(each), **environment))
+    for file, expected in lines.items():
+        found = told(made.folder / f"both/{file}.jsonl")
+        assert [(line["step"], sorted(line["rows"])) for line in found] == [
+            (line["step"], sorted(line["rows"])) for line in expected
+        ]
+    same_curves(metrics(made.folder / "both"), alone.metrics)
+    said = " ".join(output.split())
+    for line in lines["spikes"]:
+        assert said.count(f"step {line['step']}: loss {line['loss']:.3f}") == 1
+    # Each process by itself: the same steps left out, and the same weights in the end.
+    first, second = (told(Path(f"{each}{rank}")) for rank in (0, 1))
+    assert first == second
+    assert [line["step"] for line in first[:-1]] == [line["step"] for line in lines["skipped"]]
+    assert first[-1]["skipped"] == len(lines["skipped"])
 
 
 def test_a_taken_folder_is_refused_by_both(project: Any, alone: Any) -> None:

@@ -471,33 +471,6 @@ def test_ctrl_c_saves_after_the_step(project: Any) -> None:
     assert [line["step"] for line in again.metrics] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_to_the_process_group_saves_and_exits_with_0(project: Any, workers: int) -> None:
-    one_stage(project, 60, 4)
-    project.spec["data"]["workers"] = workers
-    spec = project.write()
-    metrics = project.folder / "run/metrics.jsonl"
-    command = [sys.executable, "-c", "from coatkit.cli import main; main()", "train", str(spec)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        deadline = time.monotonic() + 90
-        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    steps = metrics.read_text().count("\n")
-    assert f"stopped at step {steps}; continue with --resume" in out
-    assert 2 <= steps < 60
-    assert os.listdir(project.folder / "run/checkpoints") == [f"step-{steps:08d}"]
-    run = project.train(resume=True)
-    assert run.result.finished
-    assert [line["step"] for line in run.metrics] == list(range(1, 61))
-
-
 # What a run is tied to
 
 
