@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from coatkit.errors import CoatkitError, RunError
+from coatkit.errors import CoatkitError
 from coatkit.sharding import whole
 from coatkit.zero import ZeroOptimizer, wanted_stage
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from coatkit import store as store_module
 from coatkit.cli import _SCREEN, main
@@ -31,7 +30,7 @@ from coatkit.recovery import in_words
 from coatkit.store import Store
 
 sys.path.insert(0, str(Path(__file__).parent / "crash"))
-from harness import differing, half_written  # noqa: E402
+from harness import differing, half_written
 
 PAGE = 4096
 """Of a tmpfs: what the smallest file takes."""
@@ -247,12 +246,15 @@ def steps(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def caching(project: Any) -> tuple[str, ...]:
+    return ("cache", str(project.folder / "spec.yaml"), "--yes", "--expert", "sender")
+
+
 @pytest.fixture(scope="module")
 def kept(whole: Any) -> dict[str, bytes]:
     """Frames of every sound in a store that nothing happened to."""
-    change = ("--set", "cache.folder=store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["coatkit", "cache", str(whole.write()), "--yes", "--expert", "sender", *change])
+        patch.setattr(sys, "argv", ["coatkit", *caching(whole), "--set", "cache.folder=store"])
         patch.setattr(threading, "excepthook", threading.excepthook)
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         with suppress(SystemExit):
@@ -264,7 +266,7 @@ def frames(root: Path) -> dict[str, bytes]:
     (folder,) = root.glob("sender-*")
     store = Store(folder)
     assert store.damaged == []
-    found = {key: store.frames(key) for key in store.keys()}
+    found = {key: store.frames(key) for key in sorted(store.keys())}
     return {key: value.numpy().tobytes() for key, value in found.items() if value is not None}
 
 
@@ -280,7 +282,7 @@ def test_a_store_that_fills_the_file_system_is_told_and_goes_on(
     """Full before its first file, before the first shard, after some."""
     monkeypatch.setattr(store_module, "SHARD_BYTES", 1)  # a shard for each sound
     filler = leave(disk, pages * PAGE)
-    command = ("cache", str(whole.folder / "spec.yaml"), "--yes", "--expert", "sender", "--set", f"cache.folder={disk / 'store'}")
+    command = (*caching(whole), "--set", f"cache.folder={disk / 'store'}")
     code, said = coatkit(*command)
     assert code == 3
     assert f"error: {disk / 'store'}" in said
@@ -322,7 +324,7 @@ def test_a_read_only_folder_is_told_and_left_alone(
 
 def test_a_read_only_store_is_told(whole: Any, disk: Path, coatkit: Callable[..., tuple[int, str]]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    command = ("cache", str(whole.folder / "spec.yaml"), "--yes", "--expert", "sender", "--set", f"cache.folder={disk / 'store'}")
+    command = (*caching(whole), "--set", f"cache.folder={disk / 'store'}")
     code, said = coatkit(*command)
     assert (code, f"error: {disk / 'store'}: Read-only file system. Make it writable." in said) == (3, True)
 
@@ -333,8 +335,7 @@ def test_a_read_only_store_is_told(whole: Any, disk: Path, coatkit: Callable[...
 def test_a_killed_worker_of_the_store_is_told_and_it_goes_on(
     whole: Any, kept: dict[str, bytes], tmp_path: Path, coatkit: Callable[..., tuple[int, str]], monkeypatch: Any
 ) -> None:
-    change = ("--set", f"cache.folder={tmp_path}", "--set", "data.workers=1")
-    command = ("cache", str(whole.folder / "spec.yaml"), "--yes", "--expert", "sender", *change)
+    command = (*caching(whole), "--set", f"cache.folder={tmp_path}", "--set", "data.workers=1")
     monkeypatch.setattr("coatkit.extract._ROWS", 4)  # so that the worker is still there
     monkeypatch.setenv("SEND", "worker@2")
     code, said = coatkit(*command)

