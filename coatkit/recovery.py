@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import TracebackType
@@ -79,9 +79,8 @@ class Hold:
                 "  Wait for it or stop it (its lock ends with it), or name another folder with --set output=..."
             ) from None
         self._file = opened
-        with suppress(OSError):  # a full disk: it is held all the same, and what has to be written says so
-            os.ftruncate(opened, 0)
-            os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.ftruncate(opened, 0)
+        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def __enter__(self) -> Hold:
         return self

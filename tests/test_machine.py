@@ -152,7 +152,7 @@ def whole(new_project: Callable[[], Any]) -> Any:
     project.spec["checkpoint"] = {"every": 1, "keep": 100}
     project.spec["experts"] = {"audio": {}, "sender": {"use": "./sender.py:Sender"}}
     weights = {"audio": 1.0, "sender": 1.0}
-    stage = {**project.spec["stages"][0], "batch": {"rows": 8, "accumulate": 2}, "steps": 5, "weights": weights}
+    stage = {**project.spec["stages"][0], "batch": {"rows": 8, "accumulate": 2}, "steps": 8, "weights": weights}
     project.spec["stages"] = [stage]
     project.whole = project.train("output=whole").folder
     return project
@@ -436,7 +436,7 @@ def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(
     steps_done: int,
     coatkit: Callable[..., tuple[int, str]],
 ) -> None:
-    """SIGTERM or Ctrl-C ends after the step; a second Ctrl-C at once, with what the step before has left."""
+    """SIGTERM or Ctrl-C ends after the step, a second Ctrl-C at once; a data worker reads ahead meanwhile."""
     run, spec = tmp_path / "run", whole.folder / "spec.yaml"
     change = ("--set", f"output={run}", "--set", f"data.workers={workers}", "--set", "checkpoint.every=2")
     launcher.start(tmp_path / "said", "train", str(spec), *change, SEND=send)
