@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coatkit.errors import RunError, other_format
+from coatkit.files import sync
 from coatkit.sharding import fill, like, whole
 from coatkit.zero import Moments, ZeroOptimizer
 
@@ -97,15 +98,17 @@ def save(
         flat |= {f"random|{rank}.{key}": t for rank, states in enumerate(random) for key, t in states.items()}
         save_file(flat, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
+        for file in partial.glob("*.safetensors"):  # which its writer alone may read
+            file.chmod((partial / "state.json").stat().st_mode)
         for file in (*partial.iterdir(), partial):
-            _sync(file)
+            sync(file)
         if final.exists():  # one that somebody damaged
             gone = folder / f".{final.name}.removed"
             shutil.rmtree(gone, ignore_errors=True)
             os.replace(final, gone)
             shutil.rmtree(gone)
         os.replace(partial, final)
-        _sync(folder)
+        sync(folder)
         for old in complete(folder)[:-keep]:  # under another name first: no checkpoint is ever half there
             gone = folder / f".{old.name}.removed"
             os.replace(old, gone)
@@ -220,14 +223,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         return found
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_moments(

@@ -23,7 +23,10 @@ def written_beside(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        rights = partial.stat().st_mode
         yield partial
+        partial.chmod(rights)  # safetensors puts a file in its place that its writer alone may read
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)

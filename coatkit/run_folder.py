@@ -80,8 +80,8 @@ class RunFolder:
         """
         if self.record.exists() or self.latest() is not None:
             raise RunError(
-                f"{self.path}: holds a run already.\n  Continue it with --resume, or name another folder with"
-                " --set output=..."
+                f"{self.path}: holds a run already.\n  Continue it with --resume, name another folder with"
+                " --set output=..., or delete this one"
             )
 
     def start(self, spec: dict[str, Any], record: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class RunFolder:
         if changed:
             raise RunError(
                 f"{self.path}: this run was made from something else; changed since: {', '.join(changed[:8])}.\n"
-                "  Change it back, or start a new run with --set output=..."
+                "  Change it back, or start a new run: with --set output=..., or after deleting this one"
             )
 
     def read_spec(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         try:
             data: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path}: is not a run folder: it has no {self.record.name}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{self.path}: is not a run folder: {self.record.name}: {error}") from None

@@ -49,6 +49,13 @@ def same_bits(a: nn.Module, b: nn.Module, names: set[str]) -> bool:
     return all(torch.equal(one[n].view(torch.uint8), two[n].view(torch.uint8)) for n in names if one[n].dim())
 
 
+def test_who_may_read_a_new_file_may_read_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    usual = (tmp_path / "any").stat().st_mode
+    folder = save(tmp_path, Model(), 1)
+    assert {file.name: file.stat().st_mode for file in folder.iterdir() if file.stat().st_mode != usual} == {}
+
+
 def test_everything_that_learns_comes_back_to_the_bit_and_nothing_else(tmp_path: Path) -> None:
     source, target = Model(seed=1), Model(seed=2)
     for _ in range(3):
@@ -104,7 +111,7 @@ class Killed(BaseException):
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
-    module, name = {"save_file": (checkpoint, "save_file"), "_sync": (checkpoint, "_sync")}.get(
+    module, name = {"save_file": (checkpoint, "save_file"), "sync": (checkpoint, "sync")}.get(
         place, (checkpoint.os, "replace")
     )
     original: Callable[..., Any] = getattr(module, name)
@@ -121,7 +128,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "call"), [("save_file", 1), ("save_file", 2), ("_sync", 1), ("_sync", 4), ("replace", 1)]
+    ("place", "call"), [("save_file", 1), ("save_file", 2), ("sync", 1), ("sync", 4), ("replace", 1)]
 )
 def test_a_crash_while_saving_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int
@@ -152,8 +159,8 @@ def test_what_an_earlier_crash_left_gets_into_no_checkpoint(tmp_path: Path) -> N
 
 def test_files_are_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, replace = checkpoint._sync, checkpoint.os.replace
-    monkeypatch.setattr(checkpoint, "_sync", lambda p: (events.append(p.name), sync(p)))
+    sync, replace = checkpoint.sync, checkpoint.os.replace
+    monkeypatch.setattr(checkpoint, "sync", lambda p: (events.append(p.name), sync(p)))
     monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     save(tmp_path, Model(), 1)
     before = events[: events.index("rename")]

@@ -82,6 +82,9 @@ def test_an_experts_target_is_named_with_its_row(project: Any) -> None:
     assert lines[3] == "loss poison.mse: nan"
     assert len(lines) == 4
     assert files(run.folder) == before
+    again = CliRunner().invoke(cli, ["train", str(spec), "--set", f"output={project.folder / 'again'}"])
+    assert "skipped (NaN, Inf or no usable row); see " in again.stderr
+    assert f"  where a NaN begins: coatkit train {spec} --debug-nan\n" in again.stderr
 
 
 def test_a_gradient_is_named_with_its_operation(project: Any) -> None:

@@ -144,6 +144,11 @@ def describe_class(run: Any) -> str:
     return type(backbone.stock).__name__
 
 
+def test_a_server_that_runs_as_somebody_else_can_read_it(merged: Path) -> None:
+    usual = (merged / "config.json").stat().st_mode
+    assert {f.name for f in merged.rglob("*") if f.is_file() and f.stat().st_mode != usual} == set()
+
+
 def test_a_stock_class_finds_every_tensor_and_no_other(merged: Path, run: Any) -> None:
     backbone: Any = coatkit.load(run.run.folder, device="cpu").backbone
     model, told = type(backbone.stock).from_pretrained(merged, output_loading_info=True, local_files_only=True)

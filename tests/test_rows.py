@@ -244,6 +244,12 @@ def test_rows_are_the_same_after_travelling_to_a_worker(tmp_path: Path) -> None:
     assert list(pickle.loads(travelling)) == list(rows)
 
 
+def test_of_a_wrong_line_the_column_is_said_and_no_second_line(tmp_path: Path) -> None:
+    rows = manifest(tmp_path, line(id="a") + '{"audio": "a.wav", "messages": [')
+    with pytest.raises(DataError, match=r"jsonl:2: not valid JSON: Expecting value: column 33 \(char 32\)$"):
+        rows.row(1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

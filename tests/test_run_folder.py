@@ -156,6 +156,9 @@ def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
         RunFolder(tmp_path).read_record()
     with pytest.raises(RunError, match=r"is not a run folder: spec\.yaml"):
         RunFolder(tmp_path).read_spec()
+    (tmp_path / "spec.yaml").write_text("name: x\n")
+    with pytest.raises(RunError, match=r"spec\.yaml: is not a run folder: it has no run\.json$"):
+        RunFolder(tmp_path / "spec.yaml").read_record()
 
 
 @pytest.mark.parametrize("content", ["{", "", "\udcff", "[]", "3", '{"format": 2}', "{}"])

@@ -155,7 +155,7 @@ def test_the_folder_holds_what_the_run_depends_on(project: Any, capsys: pytest.C
 def test_a_folder_that_holds_a_run_is_never_written_over(project: Any) -> None:
     run = project.train()
     before = digests(run.folder)
-    with pytest.raises(RunError, match=r"run: holds a run already.\n.*--resume"):
+    with pytest.raises(RunError, match=r"run: holds a run already.\n.*--resume, .*--set output=..., or delete"):
         project.train("seed=5")
     assert digests(run.folder) == before
 

@@ -56,6 +56,8 @@ def command(spec: Path, overrides: tuple[str, ...], resume: bool, debug_nan: boo
         sys.exit(130)
     done = "finished" if result.finished else f"stopped at step {result.position.step}; continue with --resume"
     if result.position.skipped:
-        skipped = result.folder / "skipped.jsonl"
-        click.echo(f"{result.position.skipped} steps were skipped (NaN, Inf or no usable row); see {skipped}", err=True)
+        skipped, count = result.folder / "skipped.jsonl", result.position.skipped
+        were = "1 step was" if count == 1 else f"{count} steps were"
+        click.echo(f"{were} skipped (NaN, Inf or no usable row); see {skipped}", err=True)
+        click.echo(f"  where a NaN begins: coatkit train {spec} --debug-nan", err=True)
     click.echo(f"{done}: {result.folder}")

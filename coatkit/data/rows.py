@@ -175,7 +175,8 @@ class LineRows(Rows):
         try:
             return json.loads(self.text(index))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(index)}: not valid JSON: {error}") from None
+            # Of a row, which is one line, json would say that it is wrong in line 1.
+            raise DataError(f"{self.where(index)}: not valid JSON: {str(error).replace('line 1 ', '')}") from None
 
 
 class JsonlRows(LineRows):

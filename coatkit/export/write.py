@@ -92,6 +92,8 @@ def export(
             backbone.save_adapter(partial, base_model)
         _save_heads(model, partial)
         (partial / "coatkit.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in partial.rglob("*.safetensors"):  # which its writer alone may read, and a server is somebody else
+            file.chmod((partial / "coatkit.json").stat().st_mode)
         (partial / "README.md").write_text(card(model, facts), encoding="utf-8")
         if to.exists():
             to.rmdir()

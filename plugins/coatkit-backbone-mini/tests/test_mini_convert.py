@@ -36,6 +36,7 @@ def test_random_is_made_once(cache: Path) -> None:
     assert prepare_weights(RANDOM) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
     assert visible(cache / NAME) == [folder.name]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read all
     load_processor(folder)
     load_model(folder, torch.float32)
 

@@ -73,6 +73,8 @@ def save_backbone(parts: Parts, folder: Path) -> None:
     model.should_save_on_this_rank = lambda is_main_process: True
     with transformers_quiet():
         model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # which its writer alone may read, and a cache may serve several people
+        file.chmod((folder / "config.json").stat().st_mode)
     tokenizer.save_pretrained(folder)
     feature_extractor(parts.audio_config.num_mel_bins).save_pretrained(folder)
 
