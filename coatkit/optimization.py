@@ -31,7 +31,7 @@ def group_parameters(
         for part, parameters in model.parts().items()
         if not part.startswith("heads.") or part.removeprefix("heads.") in stage.active
     }
-    known = {"default", "heads", *model.parts()}
+    known = {"default", "heads", "tokens", *model.parts()}  # without the block or experts, the control has fewer
     if unknown := sorted(set(stage.lr) - known):
         raise RunError(
             f"stage {stage.name!r}: lr names {', '.join(unknown)}, but what learns is: {', '.join(sorted(known))}"

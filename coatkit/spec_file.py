@@ -17,6 +17,7 @@ from coatkit.errors import PluginError, SpecError
 from coatkit.manifest import Asset, Kind
 from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec, StageSpec
+from coatkit.spec_check import check_files, check_stages
 from coatkit.spec_data import MixtureSpec, SourceSpec
 from coatkit.spec_reader import Path_, SpecReader, near
 from coatkit.trust import guarded
@@ -121,14 +122,15 @@ def load_spec(path: Path, overrides: Sequence[str] = (), *, need: Need = "all") 
     loaded = LoadedSpec(spec, path.resolve().parent)
     if spec.thinking is None and spec.experts:
         # One switch gives the control: experts teach at the thinking positions, so without those there are none.
-        stages = [stage.model_copy(update={"weights": {}}) for stage in spec.stages]
+        gone = {f"heads.{name}" for name in spec.experts}
+        stages = [stage.model_copy(update={"weights": {}, "lr": _without(stage.lr, gone)}) for stage in spec.stages]
         cache = spec.cache.model_copy(update={"names": [name for name in spec.cache.names if name == "tower"]})
         loaded.spec = spec = spec.model_copy(update={"experts": {}, "stages": stages, "cache": cache})
         loaded.notes.append("thinking is off: no expert is used, and the answers alone are learnt")
     problems = [
         *_resolve(loaded, reader, need),
-        *(_check_files(loaded, reader) if need == "all" else ()),
-        *_check_stages(loaded, reader),
+        *(check_files(loaded, reader) if need == "all" else ()),
+        *check_stages(loaded, reader),
     ]
     if problems:
         raise SpecError(problems)
@@ -140,13 +142,21 @@ def _drop_unused(loaded: LoadedSpec) -> None:
     """Leave out experts that teach in no stage: an arm of an ablation turns them off by weight alone."""
     spec = loaded.spec
     used = {name for stage in spec.stages for name in stage.active}
-    stages = [s.model_copy(update={"weights": {k: w for k, w in s.weights.items() if k in used}}) for s in spec.stages]
+    gone = {f"heads.{name}" for name in set(spec.experts) - used}
+    stages = [
+        s.model_copy(update={"weights": _without(s.weights, set(s.weights) - used), "lr": _without(s.lr, gone)})
+        for s in spec.stages
+    ]
     experts = {name: expert for name, expert in spec.experts.items() if name in used}
     cache = spec.cache.model_copy(update={"names": [n for n in spec.cache.names if n == "tower" or n in used]})
     loaded.spec = spec.model_copy(update={"experts": experts, "stages": stages, "cache": cache})
     for place in list(loaded.chosen):
         if place != "backbone" and place.partition(".")[2] not in used:
             del loaded.chosen[place]
+
+
+def _without(rates: dict[str, float], gone: set[str]) -> dict[str, float]:
+    return {name: rate for name, rate in rates.items() if name not in gone}
 
 
 def _resolve(loaded: LoadedSpec, reader: SpecReader, need: Need) -> Iterator[str]:
@@ -219,50 +229,3 @@ def _sources_in(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (entry[key] for key in ("train", "heldout") if entry.get(key) is not None)
     for category in ((entry.get("mixture") or {}).get("categories") or {}).values():
         yield from category["sources"]
-
-
-def _check_files(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:
-    """Files and folders the spec names must be there."""
-    data = loaded.spec.data
-    named: list[tuple[Path_, SourceSpec | None]] = [
-        (("data", "train"), data.train),
-        (("data", "heldout"), data.heldout),
-    ]
-    mixtures: list[tuple[Path_, MixtureSpec | None]] = [(("data", "mixture"), data.mixture)]
-    for i, stage in enumerate(loaded.spec.stages):
-        named.append((("stages", i, "train"), stage.train))
-        mixtures.append((("stages", i, "mixture"), stage.mixture))
-    for path, mixture in mixtures:
-        for name, category in mixture.categories.items() if mixture is not None else ():
-            named += [((*path, "categories", name, "sources", i), s) for i, s in enumerate(category.sources)]
-    for path, source in named:
-        if source is not None and not os.path.exists(loaded.path(source.path)):
-            at = (*path, "path") if (*path, "path") in reader.lines else path
-            yield reader.say(at, f"there is no file {loaded.path(source.path)}")
-
-
-def _check_stages(loaded: LoadedSpec, reader: SpecReader) -> Iterator[str]:
-    """What the types alone cannot say of the stages."""
-    spec = loaded.spec
-    used: set[str] = set()
-    for i, stage in enumerate(spec.stages):
-        at: Path_ = ("stages", i)
-        for name in stage.weights:
-            if name not in spec.experts:
-                yield reader.say((*at, "weights", name), f"no expert of this name{near(name, list(spec.experts))}")
-        used |= set(stage.active)
-        if not stage.active and stage.ce_weight == 0:
-            yield reader.say(at, "nothing to learn: no expert is active and ce_weight is 0")
-        if stage.warmup_steps > stage.steps:
-            yield reader.say((*at, "warmup_steps"), f"more than the stage's {stage.steps} steps")
-        if stage.name in [s.name for s in spec.stages[:i]]:
-            yield reader.say((*at, "name"), f"{stage.name!r} is taken by an earlier stage")
-    for name in (spec.calibrate.losses or {}) if spec.calibrate else ():
-        if name not in spec.experts:
-            yield reader.say(("calibrate", "losses", name), f"no expert of this name{near(name, list(spec.experts))}")
-    for i, name in enumerate(spec.cache.names):
-        if name != "tower" and name not in spec.experts:
-            at_name: Path_ = ("cache", "names", i) if ("cache", "names", i) in reader.lines else ("cache",)
-            yield reader.say(at_name, f"no expert is called {name!r}{near(name, [*spec.experts, 'tower'])}")
-    for name in sorted(set(spec.experts) - used):
-        loaded.notes.append(f"expert {name!r} is active in no stage, so it is not loaded")

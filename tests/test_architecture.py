@@ -21,7 +21,7 @@ data.containers data.formats.common
 data.formats.columns
 builtin plugins assets parallel align waveforms heads data.audio data.batches backbones.whisper backbones.quantize
 data.formats.ms_swift data.formats.sharegpt data.formats.nemo data.formats.lhotse
-data.formats.datasets data.formats.parquet backbones.counting trust
+data.formats.datasets data.formats.parquet backbones.counting trust spec_check
 spec_file data.readers packing backbones.preparer backbones.adapters run_folder
 data.filters data.steps backbones.chat journal recovery
 data.pools backbones.publishing
@@ -69,7 +69,7 @@ PACKAGES = {"", "data", "data.formats", "backbones", "evaluation", "analysis", "
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "soundfile", "soxr", "safetensors", "tensorboard"}
 LIGHT = {
     *("errors", "manifest", "hookspecs", "plugins", "builtin", "spec", "spec_data", "spec_file", "spec_reader"),
-    *("assets", "download", "files", "trust", "head_options", "backbones.options", "evaluation.suite"),
+    *("spec_check", "assets", "download", "files", "trust", "head_options", "backbones.options", "evaluation.suite"),
     *("analysis.ablate_study", "analysis.ablate_arms", "schema", "explain", "doctor", "verdict", "scaffold"),
 }
 
@@ -219,7 +219,7 @@ ASIDE += (
 ASIDE += ("zero", "backbones.quantize", "download", "store", "features", "thought", "analysis", "demo")
 ASIDE += ("export", "backbones.chat", "backbones.publishing", "infer", "serving", "streaming", "calibrate", "gradients")
 ASIDE += ("assets", "trust", "doctor", "journal", "recovery", "spikes", "schema", "explain", "verdict", "scaffold")
-ASIDE += ("debug_nan",)
+ASIDE += ("debug_nan", "spec_check")
 
 
 def test_the_core_is_small() -> None:

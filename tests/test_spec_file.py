@@ -64,6 +64,21 @@ def own(entry: str) -> str:
     return changed("  audio: {target: consumed}", f"  audio: {entry}")
 
 
+def test_weights_beside_the_spec_begin_with_a_dot(folder: Path) -> None:
+    (folder / "models/mine").mkdir(parents=True)
+    text = changed("{use: mini}", "{use: mini, weights: models/mine}")
+    assert problems(folder, text) == [
+        "3: backbone.weights: there is none here, but one beside the spec; write ./models/mine"
+    ]
+
+
+@pytest.mark.parametrize("change", ["thinking=off", "stages.1.weights={}"])
+def test_a_control_without_an_expert_has_no_rate_for_its_head(folder: Path, change: str) -> None:
+    text = changed("steps: 5, lr: 1.0e-3", "steps: 5, lr: {default: 1.0e-3, heads.audio: 1.0e-4}")
+    spec = load(folder, text, change, "stages.0.weights={}").spec
+    assert [list(stage.lr) for stage in spec.stages] == [["default"], ["default"]]
+
+
 def test_a_valid_spec_loads_with_its_components(folder: Path) -> None:
     loaded = load(folder, BASE)
     assert loaded.spec.total_steps == 15
@@ -129,6 +144,17 @@ WRONG = {
         "{audoi: 1.0}",
         "8: stages.0.weights.audoi: no expert of this name; did you mean 'audio'?",
     ),
+    "rate of an unknown part": (
+        "steps: 10, lr: 1.0e-3",
+        "steps: 10, lr: {default: 1.0e-3, projektor: 1.0e-4}",
+        "8: stages.0.lr.projektor: no part of this name; did you mean 'projector'?",
+    ),
+    "rate of an unknown head": (
+        "steps: 10, lr: 1.0e-3",
+        "steps: 10, lr: {default: 1.0e-3, heads.audoi: 1.0e-4}",
+        "8: stages.0.lr.heads.audoi: no part of this name; did you mean 'heads.audio'?",
+    ),
+    "no weights": ("{use: mini}", "{use: mini, weights: ./gone}", "3: backbone.weights: there is no file or folder /"),
     "nothing to learn": ("{audio: 1.0}", "{}, ce_weight: 0", "8: stages.0: nothing to learn"),
     "warm-up longer than the stage": (
         "steps: 10",
@@ -521,6 +547,7 @@ def test_an_expert_of_no_stage_is_noted(folder: Path) -> None:
 
 
 def test_a_weights_path_is_relative_to_the_spec(folder: Path) -> None:
+    (folder / "mine").mkdir()
     spec = load(folder, BASE, "backbone.weights=./mine")
     assert spec.chosen["backbone"].options["weights"] == str(folder / "mine")
     assert spec.resolved()["backbone"]["weights"] == str(folder / "mine")
