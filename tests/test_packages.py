@@ -1,6 +1,8 @@
 """What every package says of itself; `make test-wheels` builds and installs them."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,13 @@ def test_a_package_says_what_it_is_and_what_it_runs_on(path: Path) -> None:
     assert said["description"]
     for name in (*said["license-files"], said["readme"]):
         assert list(path.parent.glob(name)), name
+
+
+def test_a_folder_of_its_name_does_not_hide_it(tmp_path: Path) -> None:
+    (tmp_path / "coatkit").mkdir()  # as the clone is, for a script that lies beside it
+    command = [sys.executable, "-c", "import coatkit; coatkit.Expert"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_extra_of_the_paper_is_its_experts_and_backbones() -> None:

@@ -193,9 +193,9 @@ def test_each_part_has_its_own_rate(project: Any) -> None:
     assert not heads & {id(p) for group in first for p in group["params"]}
 
 
-def test_a_rate_for_an_unknown_part_is_found_before_anything_is_written(project: Any) -> None:
-    project.spec["stages"][1]["lr"] = {"default": 1e-3, "adapters": 1e-2}
-    with pytest.raises(RunError, match=r"stage 'two': lr names adapters, but what learns is: default, heads, .*lora"):
+def test_a_rate_for_a_part_that_does_not_learn_is_found_before_anything_is_written(project: Any) -> None:
+    project.spec["stages"][1]["lr"] = {"default": 1e-3, "tower": 1e-2}
+    with pytest.raises(RunError, match=r"stage 'two': lr names tower, but what learns is: default, heads, .*lora"):
         project.train()
     assert not (project.folder / "run").exists()
 
