@@ -201,7 +201,7 @@ def test_resuming_on_either_side_of_every_change_equals_in_one_go(whole: Any, st
 
 def test_a_later_stage_is_looked_at_before_the_first_step(project: Any) -> None:
     prepare(project)
-    with pytest.raises(RunError, match="stage 'all': lr names adapters"):
+    with pytest.raises(SpecError, match=r"stages\.2\.lr\.adapters: no part of this name"):
         project.train("stages.2.lr={default: 1.0e-3, adapters: 1.0e-3}")
     with pytest.raises(SpecError, match="'warm-up' is taken by an earlier stage"):
         project.train("stages.2.name=warm-up")
