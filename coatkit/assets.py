@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coatkit.errors import AssetError
+from coatkit.files import from_json
 from coatkit.manifest import Asset, Manifest
 
 if TYPE_CHECKING:
@@ -202,10 +203,10 @@ class _Lock:
 
     def _read(self) -> dict[str, Any]:
         try:
-            kept = json.loads(self.path.read_text())["assets"]
+            kept = from_json(self.path.read_text())["assets"]
             assert isinstance(kept, dict)
             return kept
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise AssetError(f"{self.path} is no lock file of coatkit; delete it to pin anew") from error

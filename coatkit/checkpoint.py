@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coatkit.errors import RunError, other_format
-from coatkit.files import sync
+from coatkit.files import from_json, let_read, sync
 from coatkit.sharding import fill, like, whole
 from coatkit.zero import Moments, ZeroOptimizer
 
@@ -98,25 +98,27 @@ def save(
         flat |= {f"random|{rank}.{key}": t for rank, states in enumerate(random) for key, t in states.items()}
         save_file(flat, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=1) + "\n")
-        for file in partial.glob("*.safetensors"):  # which its writer alone may read
-            file.chmod((partial / "state.json").stat().st_mode)
+        let_read(partial, partial / "state.json")
         for file in (*partial.iterdir(), partial):
             sync(file)
         if final.exists():  # one that somebody damaged
-            gone = folder / f".{final.name}.removed"
-            shutil.rmtree(gone, ignore_errors=True)
-            os.replace(final, gone)
-            shutil.rmtree(gone)
+            _remove(final)
         os.replace(partial, final)
         sync(folder)
-        for old in complete(folder)[:-keep]:  # under another name first: no checkpoint is ever half there
-            gone = folder / f".{old.name}.removed"
-            os.replace(old, gone)
-            shutil.rmtree(gone)
+        for old in complete(folder)[:-keep]:
+            _remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{final}: cannot be written: {error}\n  {_INTACT}") from None
     return final
+
+
+def _remove(path: Path) -> None:
+    """Under another name first: no checkpoint is ever half there."""
+    gone = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -136,7 +138,7 @@ def load_position(checkpoint: Path) -> Position:
         RunError: If it was written by another format of coatkit or is damaged.
     """
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = from_json((checkpoint / "state.json").read_text())
         written = state.pop("format")
         if written != FORMAT:
             raise RunError(f"{checkpoint}: {other_format(written, FORMAT)}")
@@ -144,7 +146,7 @@ def load_position(checkpoint: Path) -> Position:
         if not all(type(value) is int and 0 <= value < 1 << 53 for value in asdict(position).values()):
             raise ValueError("it holds what is no number of steps")
         return position
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{checkpoint}/state.json: damaged: {error}") from None
 
 

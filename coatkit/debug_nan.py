@@ -5,7 +5,6 @@ Nothing is written.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from coatkit.checkpoint import Position
 from coatkit.data.steps import Batch, Step
 from coatkit.errors import CoatkitError, RunError
 from coatkit.features import open_stores
+from coatkit.files import from_json
 from coatkit.model import CoatModel, whose
 from coatkit.optimization import Stop
 from coatkit.parallel import Team
@@ -93,11 +93,11 @@ def not_finite(tensor: Tensor | None) -> str:
 def _last_skipped(run: RunFolder) -> tuple[int, list[str]]:
     """Step and rows of the last step that was left out for its numbers."""
     try:
-        lines = [json.loads(line) for line in run.skipped.read_text(encoding="utf-8").splitlines()]
+        lines = [from_json(line) for line in run.skipped.read_text(encoding="utf-8").splitlines()]
         told = [(int(line["step"]), [str(row) for row in line["rows"]]) for line in lines if line["rows"]]
     except FileNotFoundError:
         told = []
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{run.skipped}: cannot be read: {error}") from None
     if not told:
         raise RunError(f"{run.path}: no step of this run gave NaN or Inf, so there is nothing to look at")

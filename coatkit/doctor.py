@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from coatkit.assets import asset_path, cache_dir, present, sha256
 from coatkit.errors import CoatkitError, SpecError, other_format
+from coatkit.files import from_json
 from coatkit.plugins import registry
 
 RUN_FORMAT, CHECKPOINT_FORMAT, STORE_FORMAT = 1, 2, 1
@@ -158,8 +159,8 @@ def _cache(everything: bool) -> Iterator[Finding]:
     if not lock.exists():
         return
     try:
-        entries = json.loads(lock.read_text(encoding="utf-8"))["assets"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        entries = from_json(lock.read_text(encoding="utf-8"))["assets"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         yield Finding("wrong", f"{lock} is damaged", f"delete {lock} and fetch again")
         return
     read, checked, left = 0.0, 0, 0
@@ -193,8 +194,8 @@ def _stores() -> Iterator[Finding]:
 
 def _format(path: Path, known: int, name: str, older: str) -> Iterator[Finding]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = from_json(path.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
         yield Finding("wrong", f"{name}: {path.name} is damaged", older)
         return
     if found != known:
@@ -378,8 +379,8 @@ def _whole(path: Path) -> bool:
             (length,) = struct.unpack("<Q", stream.read(8))
             if not 0 < length <= min(size - 8, 100_000_000):
                 return False
-            header = json.loads(stream.read(length))
+            header = from_json(stream.read(length))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         return bool(size == 8 + length + max(ends, default=0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error):
         return False

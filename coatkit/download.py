@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coatkit.errors import AssetError
+from coatkit.files import from_json
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the asset's name, bytes so far and bytes in all (None where unknown)."""
@@ -199,7 +200,7 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 def _note(path: Path) -> dict[str, Any]:
     """What is known of a part; nothing where a crash cut the note off."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        found = from_json(path.read_text())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

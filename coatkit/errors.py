@@ -40,6 +40,11 @@ class RunError(CoatkitError):
     """A run folder or checkpoint cannot be used as asked."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Somebody's text for a terminal or a plot: what is no printing character, and not in `keep`, shown by its code."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def other_format(found: object, known: int) -> str:
     """What is said of something written in another format than this coatkit reads, with the remedy."""
     said = f"format {found!r:.40}, but this coatkit reads format {known}"

@@ -1,18 +1,32 @@
-"""Files: their identity, and writing them so that a half-written one never stands under its name."""
+"""Files: their identity, what is in them, and writing them so that a half-written one never stands under its name."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: If it is none, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 @contextmanager
@@ -26,7 +40,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         partial.touch()
         rights = partial.stat().st_mode
         yield partial
-        partial.chmod(rights)  # safetensors puts a file in its place that its writer alone may read
+        partial.chmod(rights)  # as in `let_read`
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -38,6 +52,12 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it there."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def let_read(folder: Path, like: Path) -> None:
+    """Give the weights below a folder the rights of another new file: safetensors lets their writer alone read them."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(like.stat().st_mode)
 
 
 def sync(path: Path) -> None:

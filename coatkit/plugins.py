@@ -28,7 +28,7 @@ from typing import Any
 import pluggy
 
 from coatkit import hookspecs
-from coatkit.errors import PluginError
+from coatkit.errors import PluginError, printable
 from coatkit.manifest import KINDS, Kind, Manifest
 
 _LONGEST_REASON = 500
@@ -273,7 +273,7 @@ def _reason(error: BaseException) -> str:
         said = " ".join(str(error).split())
     except Exception:  # it may fail to say even this
         said = "(an error without words)"
-    said = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in said[:_LONGEST_REASON])
+    said = printable(said[:_LONGEST_REASON])
     return f"{type(error).__name__}: {said}".strip()
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from coatkit import __version__, checkpoint
 from coatkit.errors import RunError, other_format
-from coatkit.files import write_atomic
+from coatkit.files import from_json, write_atomic
 
 FORMAT = 1
 _FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout", "gradients_every")
@@ -136,10 +136,10 @@ class RunFolder:
 
     def read_record(self) -> dict[str, Any]:
         try:
-            data: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            data: dict[str, Any] = from_json(self.record.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path}: is not a run folder: it has no {self.record.name}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.path}: is not a run folder: {self.record.name}: {error}") from None
         if not isinstance(data, dict):
             raise RunError(f"{self.record}: damaged: it holds no keys")
@@ -200,8 +200,8 @@ def _step_of(line: str) -> float:
 def _parsed(line: str) -> dict[str, Any]:
     """A line of JSON; empty when a crash cut it off."""
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
+        data = from_json(line)
+    except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from coatkit.errors import RunError, other_format
-from coatkit.files import write_atomic, written_beside
+from coatkit.files import from_json, write_atomic, written_beside
 
 FORMAT = 1
 Dtype = Literal["float32", "float16", "int8"]
@@ -91,13 +91,13 @@ class About:
             RunError: If it is no feature folder, or of another format.
         """
         try:
-            data = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            data = from_json((folder / "about.json").read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise RunError(f"{folder}: {other_format(data['format'], FORMAT)}")
             if not (isinstance(data["name"], str) and isinstance(data["identity"], dict) and data["dtype"] in _NUMPY):
                 raise ValueError("about.json is damaged")
             return cls(data["name"], data["identity"], data["dtype"], data["source"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{folder}: is no folder of a feature store: {error}") from None
 
 
@@ -309,10 +309,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError("it is cut off or no shard")
-        try:
-            header = json.loads(stream.read(length))
-        except RecursionError:
-            raise ValueError("its header is damaged") from None
+        header = from_json(stream.read(length))
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise ValueError("it is no shard")
     places = [_place(entry) for key, entry in header.items() if key != "__metadata__"]
@@ -348,7 +345,7 @@ def _make_index(folder: Path, names: list[str]) -> tuple[NDArray[Any], list[str]
                         raise ValueError("a shape that is not its tensor's")
                     found.append((key.encode("ascii"), number, start + begin, frames, dim, start + scale))
             records.append(np.array(found, _RECORD))  # here: a number that is too large is this shard's fault
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             damaged.append(name)
     index = np.concatenate([np.empty(0, _RECORD), *records])
     return index[np.argsort(index["key"], kind="stable")], damaged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from by_path import module_at
 
 import coatkit
 from coatkit import testing
@@ -24,11 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def tool(name: str) -> ModuleType:
     """A module of docs/tools."""
-    found = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/tools/{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module: ModuleType = module_at(ROOT / f"docs/tools/{name}.py", f"docs_{name}")
     return module
 
 

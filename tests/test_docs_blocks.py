@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from by_path import module_at
 from click.testing import CliRunner
 
 from coatkit.cli import cli
@@ -97,12 +98,7 @@ SAVED = [
 
 
 def tool(name: str) -> Any:
-    found = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/tools/{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return module_at(ROOT / f"docs/tools/{name}.py", f"docs_{name}")
 
 
 @dataclass(frozen=True)

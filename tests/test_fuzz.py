@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_path import module_at
 
 from coatkit.data.mixture import mix
 from coatkit.errors import DataError
@@ -21,13 +21,7 @@ FUZZ = Path(__file__).parent / "fuzz"
 
 
 def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FUZZ / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return module_at(FUZZ / f"{name}.py", f"fuzz_{name}")
 
 
 harness, runner = load("harness"), load("run")

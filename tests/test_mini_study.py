@@ -62,7 +62,7 @@ def make_rows(place: Path, rows: int) -> None:
         runpy.run_path(str(place / "make_rows.py"), run_name="__main__")
     finally:
         sys.argv, sys.path[:] = before, path
-        for name in ("align", "music"):
+        for name in ("align", "music", "rows"):
             sys.modules.pop(name, None)
 
 

@@ -30,7 +30,7 @@ from coatkit.analysis.ablate_table import markdown, score_arms
 from coatkit.errors import RunError
 from coatkit.evaluation.bootstrap import DRAWS
 from coatkit.evaluation.items import refuse_bad, tasks_of_suite
-from coatkit.files import write_atomic
+from coatkit.files import from_json, write_atomic
 from coatkit.optimization import Stop
 
 FORMAT = 1
@@ -281,10 +281,10 @@ def _alone(folder: Path) -> Iterator[int]:
 def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}\n  Remove it: what is done is found again.") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{path}: this coatkit reads studies of format {FORMAT}; take another folder with --out")

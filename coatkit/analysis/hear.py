@@ -29,7 +29,7 @@ from coatkit.data.sources import open_data
 from coatkit.data.steps import load_batch
 from coatkit.errors import DataError, PluginError, foreign_code
 from coatkit.evaluation.text import library
-from coatkit.files import written_beside
+from coatkit.files import from_json, written_beside
 from coatkit.infer import AudioThinker, asked
 from coatkit.spec_data import SourceSpec
 from coatkit.spec_file import load_spec
@@ -311,13 +311,13 @@ def _read(path: Path, key: str) -> Decoder | None:
     """A decoder that was kept; None where there is none, it is damaged, or it was fitted on something else."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["coatkit"])
+            about = from_json(file.metadata()["coatkit"])
             if about.pop("key") != key:
                 return None
             about["sounds"] = tuple(about["sounds"])
             weight, mean, scale = (file.get_tensor(part) for part in ("weight", "mean", "scale"))
             return Decoder(weight, mean, scale, Fit(**about))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from coatkit.analysis import plots
 from coatkit.errors import RunError, SpecError
-from coatkit.files import write_atomic
+from coatkit.files import from_json, write_atomic
 
 ARMS = {"vanilla": "vanilla", "cot": "text chain-of-thought", "coat": "CoAT"}
 """Ways to answer, and what they are called: the stock model, the same asked to reason in words, the trained run."""
@@ -126,8 +126,8 @@ def read_requests(path: Path) -> list[Request]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
+            data = from_json(line)
+        except ValueError:
             data = None
         if not isinstance(data, dict):
             raise RunError(f"{path}:{number}: is no record; a line is a JSON object")

@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from coatkit.errors import printable
 from coatkit.evaluation.text import library
 from coatkit.files import written_beside
 
@@ -44,8 +45,7 @@ def figure(width: float = 7.0, height: float = 4.0, rows: int = 1, columns: int 
 
 def plain(text: str) -> str:
     """Somebody's words for a plot, as they are: matplotlib would read what stands between two `$` as a formula."""
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:_LONGEST])
-    return shown.replace("$", r"\$") + ("..." if len(text) > _LONGEST else "")
+    return printable(text[:_LONGEST], "\n").replace("$", r"\$") + ("..." if len(text) > _LONGEST else "")
 
 
 def png(made: Any) -> bytes:

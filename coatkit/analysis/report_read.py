@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coatkit.files import from_json
 from coatkit.run_folder import RunFolder
 
 _PICTURES = 12
@@ -102,14 +103,14 @@ def _read(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
         found = _whole(file.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         notes.append(f"{file.parent.name}/{file.name} cannot be read and is left out: {error}")
         return {}
 
 
 def _whole(text: str) -> Any:
     """JSON, with `?` for half a surrogate pair: JSON may hold one, no page and no font can."""
-    found = json.loads(text)
+    found = from_json(text)
     return json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace")) if "\\u" in text else found
 
 
@@ -126,7 +127,7 @@ def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             one = _whole(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             bad += bool(line)
             continue
         if isinstance(one, dict) and isinstance(one.get("step"), int | float) and abs(one["step"]) < 1 << 53:

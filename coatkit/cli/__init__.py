@@ -122,11 +122,13 @@ def main() -> None:
 
 def shown(error: Exception) -> str:
     """An error's text on one screen, as a terminal may show it: it may repeat what a file holds, which is anything."""
+    from coatkit.errors import printable
+
     lines, left = [], _SCREEN
     # Control characters would clear the screen or colour what follows; other ones turn the reading direction.
     said = str(error).replace("\r\n", "\n").split("\n")
     for number, line in enumerate(said):
-        plain = "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line[: 4 * _WIDTH])
+        plain = printable(line[: 4 * _WIDTH], "\t")
         if len(line) > 4 * _WIDTH:
             plain = f"{plain[: 4 * _WIDTH]} ..."
         left -= 1 + len(plain) // _WIDTH

@@ -37,4 +37,6 @@ def command(place: Path | None, everything: bool) -> None:
 
 def _plain(text: str) -> str:
     """What was found, which may hold what a file says: nothing that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\n       " if c == "\n" else ascii(c)[1:-1] for c in text[:2_000])
+    from coatkit.errors import printable
+
+    return printable(text[:2_000], "\n").replace("\n", "\n       ")

@@ -138,5 +138,6 @@ def _list() -> None:
 
 def _plain(text: str, longest: int = 200) -> str:
     """What a plugin says of itself, on one line; nothing that a terminal would obey."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:longest])
-    return plain + ("..." if len(text) > longest else "")
+    from coatkit.errors import printable
+
+    return printable(text[:longest]) + ("..." if len(text) > longest else "")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatkit.errors import DataError
+from coatkit.files import from_json
 
 Offsets = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
@@ -91,8 +92,8 @@ def peek(path: Path, count: int = 20) -> list[Any]:
             return found
     for line in text.split("\n"):
         try:
-            found += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError):
+            found += [from_json(line)] if line.strip() else []
+        except ValueError:
             continue
         if len(found) == count:
             break

@@ -23,7 +23,7 @@ from coatkit.assets import cache_dir
 from coatkit.data.pools import File, OnBadRow, Pool, as_data, check_bad, draw, find_pools, open_files, set_budgets
 from coatkit.data.rows import Row, Rows, parse_row
 from coatkit.errors import DataError
-from coatkit.files import write_atomic, written_beside
+from coatkit.files import from_json, write_atomic, written_beside
 from coatkit.spec_data import MixtureSpec
 
 FORMAT = 1
@@ -153,8 +153,8 @@ class MixtureRows(Rows):
         text, category, source, place = self._cells(index)
         where = self._say(index, source, place)
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = from_json(text)
+        except ValueError as error:
             raise DataError(f"{where}: not valid JSON: {error}") from None
         row = parse_row(data, where, self._folders[source])
         row.labels["category"] = category
@@ -179,8 +179,8 @@ class MixtureRows(Rows):
         self._file = _reading(self.path, lambda: pq.ParquetFile(self.path, page_checksum_verification=True))
         found = self._file.metadata.metadata or {}
         try:
-            said, self._digest = json.loads(found[_METADATA]), found[_DIGEST].decode()
-        except (KeyError, ValueError, RecursionError):
+            said, self._digest = from_json(found[_METADATA]), found[_DIGEST].decode()
+        except (KeyError, ValueError):
             said = None
         if not isinstance(said, dict):
             raise DataError(f"{self.path}: is no mixture; coatkit mix makes one")
@@ -334,12 +334,12 @@ def _sidecar_of(spec: MixtureSpec, digest: str, pools: Sequence[Pool], files: Se
 def _read_sidecar(sidecar: Path, digest: str, path: Path) -> dict[str, Any] | None:
     """The sidecar of a mixture that is whole and was made from the same spec and inputs; None of any other."""
     try:
-        data: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        data: dict[str, Any] = from_json(sidecar.read_text(encoding="utf-8"))
         if data.pop("sidecar_sha256") != _sha256(data):  # somebody changed it: what it tells is not what was drawn
             return None
         if data["hash"] == digest and MixtureRows(path).fingerprint() == data["content_sha256"]:
             return data
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         pass
     return None
 
@@ -357,9 +357,9 @@ def _refuse_foreign(path: Path, sidecar: Path) -> None:
         if path.exists():
             MixtureRows(path)
         which = sidecar
-        if sidecar.exists() and "content_sha256" not in json.loads(sidecar.read_text(encoding="utf-8")):
+        if sidecar.exists() and "content_sha256" not in from_json(sidecar.read_text(encoding="utf-8")):
             raise ValueError
-    except (DataError, ValueError, OSError, TypeError, RecursionError):
+    except (DataError, ValueError, OSError, TypeError):
         raise DataError(f"{which}: is there and is no mixture; name another file, or remove it") from None
 
 

@@ -9,7 +9,6 @@ it. Times are seconds. Other keys are kept as labels.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from abc import abstractmethod
@@ -21,7 +20,7 @@ from typing import Any
 
 from coatkit.data.lines import offsets, opened
 from coatkit.errors import DataError
-from coatkit.files import file_sha256
+from coatkit.files import file_sha256, from_json
 
 AUDIO_TAG = "<audio>"
 _ROLES = {role: role for role in ("system", "user", "assistant")}
@@ -173,8 +172,8 @@ class LineRows(Rows):
     def data(self, index: int) -> Any:
         """The JSON value of one line."""
         try:
-            return json.loads(self.text(index))
-        except (ValueError, RecursionError) as error:
+            return from_json(self.text(index))
+        except ValueError as error:
             # Of a row, which is one line, json would say that it is wrong in line 1.
             raise DataError(f"{self.where(index)}: not valid JSON: {str(error).replace('line 1 ', '')}") from None
 

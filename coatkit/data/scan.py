@@ -25,7 +25,7 @@ from coatkit.data import audio as sound
 from coatkit.data.filters import passes
 from coatkit.data.rows import AudioRef, Row, Rows, learning
 from coatkit.errors import DataError
-from coatkit.files import written_beside
+from coatkit.files import from_json, written_beside
 from coatkit.protocols import Preparer
 from coatkit.spec_data import DataSpec, FilterSpec
 
@@ -221,8 +221,8 @@ def _write(path: Path, found: Scan) -> None:
 def _read(path: Path) -> Scan | None:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
-            reasons = json.loads(found["reasons"].tobytes())
+            reasons = from_json(found["reasons"].tobytes())
             bad = list(zip(found["bad"].tolist(), reasons, strict=True))
             return Scan(found["costs"], found["seconds"], bad, found["left_out"])
-    except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

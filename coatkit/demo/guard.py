@@ -7,7 +7,6 @@ among those uploaded. Bodies say how long they are beforehand, so nothing larger
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from coatkit.files import from_json
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -141,8 +142,8 @@ class Guard:
 
     def _refused_question(self, body: bytes) -> tuple[int, str] | None:
         try:
-            asked = json.loads(body)
-        except (ValueError, RecursionError):
+            asked = from_json(body)
+        except ValueError:
             return 400, "That is no JSON."
         number = asked.get("fn_index") if isinstance(asked, dict) else None
         if self.functions is not None and (type(number) is not int or number not in self.functions):

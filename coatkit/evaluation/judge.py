@@ -18,7 +18,7 @@ from coatkit.evaluation.items import Key, Task
 from coatkit.evaluation.judge_client import JudgeClient, JudgeError, Judgement, judge_identity, require_judge
 from coatkit.evaluation.rubric import HIGHEST, prompt
 from coatkit.evaluation.suite import JudgeSpec
-from coatkit.files import sync
+from coatkit.files import from_json, sync
 
 FILE = "judge.jsonl"
 _GIVE_UP = 20
@@ -47,9 +47,9 @@ class Ratings:
             raise RunError(f"{path}: cannot be read or repaired: {error.strerror or error}") from None
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                data = json.loads(line)
+                data = from_json(line)
                 good = isinstance(data["key"], str) and type(data["rating"]) is int and 0 <= data["rating"] <= HIGHEST
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 good = False
             if not good:
                 raise RunError(f"{path}:{number}: damaged; take the line out, and its rating is asked for again")

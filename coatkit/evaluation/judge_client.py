@@ -15,6 +15,7 @@ from coatkit.errors import CoatkitError
 from coatkit.evaluation.rubric import read_rating, rubric_digest
 from coatkit.evaluation.suite import OPENAI, JudgeSpec, is_this_machine
 from coatkit.evaluation.text import library
+from coatkit.files import from_json
 
 _SHOWN = 200
 """Most characters of what a server said that go into a reason."""
@@ -154,8 +155,8 @@ class JudgeClient:
 
     def _read(self, body: str) -> Judgement:
         try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
+            data = from_json(body)
+        except ValueError:
             return Judgement(reason=self._said("the reply is not JSON", body), reached=False)
         try:
             choice, served = data["choices"][0], str(data.get("model") or "")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from coatkit.evaluation.choices import choose
 from coatkit.evaluation.notes import read_note
 from coatkit.evaluation.rubric import HIGHEST
+from coatkit.evaluation.suite import WITH_CHOICES
 from coatkit.evaluation.text import library, plain, whisper_normalizer
 
 Array = NDArray[np.float64]
@@ -287,11 +288,11 @@ def cannot_score(metric: str, answer: Answer) -> str:
     first = answer.references[0]
     if metric in CLOSED and not answer.choices:
         return f"the metric {metric} needs options: a list `choices` in the row, or the task's"
-    if answer.choices and metric in (*CLOSED, "f1") and option_of(first, answer.choices) is None:
+    if answer.choices and metric in WITH_CHOICES and option_of(first, answer.choices) is None:
         return f"the right answer {first!r:.60} is none of its choices: {', '.join(answer.choices)}"
     if metric == "note" and read_note(first) is None:
         return f"the right answer {first!r:.60} names no note, or several"
-    if metric in (*CLOSED, "f1", "note", "wer") and len(answer.references) > 1:
+    if metric in (*WITH_CHOICES, "note", "wer") and len(answer.references) > 1:
         return f"the metric {metric} takes one right answer, the row has {len(answer.references)}"
     if metric in ("f1", "exact") and not plain(first):
         return f"the right answer {first!r:.60} has no letter or digit"

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from coatkit.errors import RunError
 from coatkit.evaluation.items import Item, Key
-from coatkit.files import write_atomic
+from coatkit.files import from_json, write_atomic
 
 FORMAT = 1
 
@@ -128,12 +128,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "eval.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         below = sorted(str(found.parent) for found in folder.glob("eval/*/eval.json"))
         hint = f"; name one of {', '.join(below)}" if below else "; make one with: coatkit eval RUN --data ROWS"
         raise RunError(f"{folder}: holds no evaluation{hint}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{path}: this coatkit reads evaluations of format {FORMAT}; evaluate again with --restart")
@@ -159,8 +159,8 @@ def read_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
         data = None
-        with suppress(ValueError, RecursionError):
-            data = json.loads(line)
+        with suppress(ValueError):
+            data = from_json(line)
         if not isinstance(data, dict) or not _is_whole(data):
             raise RunError(f"{path}:{number}: damaged; evaluate again with --restart")
         found.append(data)

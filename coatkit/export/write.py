@@ -24,6 +24,7 @@ from coatkit import __version__
 from coatkit.backbones.hf import HFBackbone
 from coatkit.errors import RunError
 from coatkit.export.card import card, without_paths
+from coatkit.files import let_read
 from coatkit.infer import AudioThinker, load
 from coatkit.thinking import TOKENS
 
@@ -92,8 +93,7 @@ def export(
             backbone.save_adapter(partial, base_model)
         _save_heads(model, partial)
         (partial / "coatkit.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in partial.rglob("*.safetensors"):  # which its writer alone may read, and a server is somebody else
-            file.chmod((partial / "coatkit.json").stat().st_mode)
+        let_read(partial, partial / "coatkit.json")  # a server may be somebody else
         (partial / "README.md").write_text(card(model, facts), encoding="utf-8")
         if to.exists():
             to.rmdir()

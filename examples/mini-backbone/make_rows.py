@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align import SETS, describe
+from rows import row_of
 
 HERE = Path(__file__).parent
 SEED = 12
@@ -90,19 +91,7 @@ def heldout_rows(clips: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def row(clip: dict[str, Any], task: str, question: str, number: int) -> dict[str, Any]:
-    return {
-        "id": f"{Path(clip['audio']).stem}-{task}-{number}",
-        "audio": clip["audio"],
-        "start": 0.0,
-        "end": clip["seconds"],
-        "messages": [
-            {"role": "user", "content": f"<audio>{question}"},
-            {"role": "assistant", "content": answer(clip, task)},
-        ],
-        "task": task,
-        "license": clip["license"],
-        **{key: clip[key] for key in ("voice", "source") if key in clip},
-    }
+    return row_of(clip, task, question, answer(clip, task), number, ("voice", "source"))
 
 
 def suite() -> str:

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "mini-backbone"))
 
 from align import describe  # noqa: E402
+from rows import row_of  # noqa: E402
 
 SEED = 21
 LONGEST = 2.0  # seconds
@@ -81,19 +82,7 @@ def answer(clip: dict[str, Any], task: str) -> str | None:
 
 
 def row(clip: dict[str, Any], task: str, number: int) -> dict[str, Any]:
-    return {
-        "id": f"{Path(clip['audio']).stem}-{task}-{number}",
-        "audio": clip["audio"],
-        "start": 0.0,
-        "end": clip["seconds"],
-        "messages": [
-            {"role": "user", "content": f"<audio>{QUESTIONS[task]}"},
-            {"role": "assistant", "content": answer(clip, task)},
-        ],
-        "task": task,
-        "license": clip["license"],
-        **{key: clip[key] for key in ("voice", "source", "key") if key in clip},
-    }
+    return row_of(clip, task, QUESTIONS[task], answer(clip, task), number, ("voice", "source", "key"))
 
 
 if __name__ == "__main__":

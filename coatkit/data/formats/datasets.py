@@ -5,12 +5,12 @@ A sound is the bytes in an Audio column, or the path there when it was not embed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from coatkit.data.formats.columns import TableRows
 from coatkit.errors import DataError
+from coatkit.files import from_json
 
 
 class DatasetsRows(TableRows):
@@ -30,10 +30,10 @@ def _files(folder: Path) -> list[Path]:
         hint = f"; give one, as in {folder.name}/{splits[0]}" if splits else ""
         raise DataError(f"{folder}: holds the splits {', '.join(splits) or 'none'}{hint}")
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = from_json((folder / "state.json").read_text(encoding="utf-8"))
         names = [str(one["filename"]) for one in state["_data_files"]]
         if any(name != Path(name).name for name in names):
             raise ValueError("a file of another folder")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder}: no folder of save_to_disk: its state.json is missing or damaged") from None
     return [folder / name for name in names]

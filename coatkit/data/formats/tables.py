@@ -7,7 +7,6 @@ the middle of a row group: rows are kept a row group at a time, and sounds are r
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coatkit.errors import DataError
+from coatkit.files import from_json
 
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
 _STREAM_BUFFER = 1 << 20
@@ -269,13 +269,13 @@ def is_bytes(kind: Any) -> bool:
 def class_names(schema: pa.Schema) -> Mapping[str, list[str]]:
     """Names of the classes of each column that `datasets` declared a ClassLabel."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = from_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
             str(name): [str(one) for one in feature["names"]]
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 
