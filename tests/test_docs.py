@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from by_path import module_at
 
 import coatkit
 from coatkit import testing
 from coatkit.plugins import registry
 from coatkit.spec import Spec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from by_path import module_at
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,13 +27,15 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from by_path import module_at
 from click.testing import CliRunner
 
 from coatkit.cli import cli
 from coatkit.data.readers import open_rows
 from coatkit.evaluation.suite import read_suite
 from coatkit.spec_file import load_spec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from by_path import module_at
 
 ROOT = Path(__file__).parents[1]
 RUN = "examples/quickstart/runs/quickstart"

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_path import module_at
 
 from coatkit.data.mixture import mix
 from coatkit.errors import DataError
 from coatkit.spec_data import MixtureSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from by_path import module_at
 
 FUZZ = Path(__file__).parent / "fuzz"
 

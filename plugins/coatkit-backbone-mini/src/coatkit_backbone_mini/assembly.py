@@ -10,7 +10,6 @@ from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGener
 
 from coatkit import AssetError
 from coatkit.backbones.folder import transformers_quiet
-from coatkit.files import let_read
 from coatkit_backbone_mini.parts import Parts, feature_extractor
 from coatkit_backbone_mini.projector import initial_projector
 from coatkit_backbone_mini.tokens import SOUND, complete_tokenizer
@@ -74,7 +73,8 @@ def save_backbone(parts: Parts, folder: Path) -> None:
     model.should_save_on_this_rank = lambda is_main_process: True
     with transformers_quiet():
         model.save_pretrained(folder)
-    let_read(folder, folder / "config.json")  # a cache may serve several people
+    for file in folder.glob("*.safetensors"):  # which its writer alone may read, and a cache may serve several people
+        file.chmod((folder / "config.json").stat().st_mode)
     tokenizer.save_pretrained(folder)
     feature_extractor(parts.audio_config.num_mel_bins).save_pretrained(folder)
 
