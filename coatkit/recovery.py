@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
@@ -121,6 +122,8 @@ def _in_words(error: OSError | RuntimeError | EOFError, place: Path, intact: str
     few = ("Too many open files", "items of ancillary data")
     if (isinstance(error, OSError) and error.errno == errno.EMFILE) or any(words in text for words in few):
         return f"{place}: too many open files. Raise the limit (ulimit -n 4096), or lower data.workers.\n  {intact}"
+    if "/gloo/" in text or isinstance(error, torch.distributed.DistError):
+        return f"another process of this run ended, or cannot be reached: its own words say why.\n  {text}\n  {intact}"
     # A killed worker shows itself as any of these: torch's own words come only once the system has reaped it.
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         return (

@@ -23,6 +23,9 @@ from coatkit.parallel import Team
 from coatkit.spec_file import load_spec
 from coatkit.trainer import train
 
+sys.path.insert(0, str(Path(__file__).parent / "crash"))
+from harness import half_written
+
 
 def launch(
     spec: Path, *overrides: str, processes: int = 2, resume: bool = False, first: str = "", **environment: str
@@ -35,6 +38,26 @@ def launch(
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     env = {**os.environ, **quiet, **environment}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def tasks(spec: Path, *overrides: str, resume: bool = False, first: str = "", **environment: str) -> list[Any]:
+    """Started as Slurm does: a task for each of two processes, its place in the environment, no launcher over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"{first}\nfrom coatkit.cli import main; main()", "train", str(spec)]
+    command += [word for override in overrides for word in ("--set", override)] + (["--resume"] if resume else [])
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **place, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
 
 
 def finish(process: Any, expected: int = 0) -> str:
@@ -348,34 +371,55 @@ def test_a_taken_folder_is_refused_by_both(project: Any, alone: Any) -> None:
 
 
 def test_a_signal_to_one_process_saves_and_ends_both(project: Any) -> None:
-    """Started as Slurm does: a task for each process, with its place in the environment, and no launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "coatkit", "train", str(project.folder / "spec.yaml")]
-    command += ["--set", "output=asked", "--set", "stages.0.steps=400", "--resume"]
-    tasks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    started = tasks(project.folder / "spec.yaml", "output=asked", "stages.0.steps=400", resume=True)
     deadline = time.monotonic() + 120
     while not (project.folder / "asked/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    tasks[1].send_signal(signal.SIGUSR1)
-    outputs = [finish(task) for task in tasks]
+    started[1].send_signal(signal.SIGUSR1)
+    outputs = [finish(task) for task in started]
     assert "stopped at step" in outputs[1]
     steps = len(metrics(project.folder / "asked"))
     assert 0 < steps < 400
     assert f"stopped at step {steps}; continue with --resume" in outputs[0]
     newest = sorted((project.folder / "asked/checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == steps
+
+
+REFUSED = """
+import os, resource
+from coatkit import checkpoint
+from coatkit.journal import Journal
+
+def small(owner, name, nth):
+    # From the n-th call on, this process may write files of 8 bytes: the system refuses more, as a full disk does.
+    made, calls = getattr(owner, name), []
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return made(*args, **kwargs)
+    setattr(owner, name, call)
+
+if os.environ["RANK"] == "0":
+    small(*{"metrics": (Journal, "log", 5), "checkpoint": (checkpoint, "save", 2)}[os.environ["AT"]])
+"""
+
+
+@pytest.mark.parametrize(("at", "named"), [("metrics", "refused-metrics"), ("checkpoint", "step-00000004")])
+def test_what_the_system_refuses_one_process_ends_both_in_words(project: Any, alone: Any, at: str, named: str) -> None:
+    """Metrics are written by the first process alone, and the second waits for it; both know of a checkpoint's end."""
+    spec, output = project.folder / "spec.yaml", f"refused-{at}"
+    started = tasks(spec, f"output={output}", first=REFUSED, AT=at)
+    outputs = [finish(task, expected=3) for task in started]
+    assert [task.returncode for task in started] == [3, 3]
+    assert not any("Traceback" in said for said in outputs)
+    assert named in outputs[0]
+    assert "File too large" in outputs[0]
+    assert (named if at == "checkpoint" else "another process of this run ended") in outputs[1]
+    assert all("continue with --resume" in said for said in outputs)
+    assert half_written(project.folder / output) == []
+    train(load_spec(spec, [f"output={output}"]), resume=True)
+    same_curves(metrics(project.folder / output), alone.metrics)
 
 
 @pytest.mark.parametrize(
