@@ -19,7 +19,7 @@ from coatkit import testing
 from coatkit.plugins import registry
 from coatkit.spec import Spec
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from by_path import module_at
 
 ROOT = Path(__file__).parents[1]

@@ -34,7 +34,7 @@ from coatkit.data.readers import open_rows
 from coatkit.evaluation.suite import read_suite
 from coatkit.spec_file import load_spec
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from by_path import module_at
 
 ROOT = Path(__file__).parents[1]

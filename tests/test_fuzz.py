@@ -16,7 +16,7 @@ from coatkit.data.mixture import mix
 from coatkit.errors import DataError
 from coatkit.spec_data import MixtureSpec
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from by_path import module_at
 
 FUZZ = Path(__file__).parent / "fuzz"
