@@ -205,13 +205,14 @@ def export_seen(root: Path) -> Any:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def table(figures: Figures) -> str:
+def table(figures: Figures, seed: int) -> str:
     lines = ["| what was killed, and when | kills |", "|---|---|"]
     lines += [f"| {name} | {count} |" for name, count in sorted(figures.kills.items())]
     lines += [f"| **all** | **{sum(figures.kills.values())}** |", ""]
     lines += [f"- {name}: {figures.equal[name]} of {n} equal to the bit" for name, n in figures.series.items()]
     lines += [f"- steps to be made again after a kill, at most: {figures.lost} (a checkpoint every {EVERY} steps)"]
     lines += [f"- files half-written under their final names, errors, differences: {len(figures.problems)}"]
+    lines += ["", f"`make test-crash`, all parts in one go, seed {seed}."]
     return "\n".join(lines)
 
 
@@ -242,14 +243,14 @@ def main() -> None:
     for name, part in parts.items():
         if chosen.only in ("", name):
             part()
-    print(table(figures))
+    print(table(figures, chosen.seed))
     for problem in figures.problems:
         print("PROBLEM", problem)
     if chosen.write:
         text = chosen.write.read_text()
         head, _, rest = text.partition("<!-- crashes -->\n")
         _, _, tail = rest.partition("<!-- /crashes -->")
-        chosen.write.write_text(f"{head}<!-- crashes -->\n{table(figures)}\n<!-- /crashes -->{tail}")
+        chosen.write.write_text(f"{head}<!-- crashes -->\n{table(figures, chosen.seed)}\n<!-- /crashes -->{tail}")
     sys.exit(bool(figures.problems))
 
 
