@@ -16,6 +16,9 @@ from coatkit import AssetError, AudioBatch, CoatkitError, Features
 from coatkit_expert_mert import network
 from coatkit_expert_mert.expert import Mert
 
+ROUNDING = 1e-4
+"""What a sum in another order changes in values of about 1: 2e-5 was seen on CPUs with other kernels."""
+
 RATE = 24_000
 POSITIONAL = "encoder.pos_conv_embed.conv."
 SPELLINGS = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
@@ -97,7 +100,7 @@ def test_features_are_the_stock_models_hidden_states(stock: Any, folder: Path, l
         features = encode(expert, sound)
         wanted = expected(stock, sound, expert.layers)
         assert features.values.shape[1:] == wanted.shape
-        torch.testing.assert_close(features.values[0], wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(features.values[0], wanted, atol=ROUNDING, rtol=0)
 
 
 def test_layers_differ(stock: Any) -> None:
@@ -137,14 +140,14 @@ def test_padded_batch_equals_single_sounds(average: Mert) -> None:
         alone = encode(average, sound)
         frames = int(alone.lengths[0])
         assert together.lengths[i] == frames
-        torch.testing.assert_close(together.values[i, :frames], alone.values[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.values[i, :frames], alone.values[0], atol=ROUNDING, rtol=0)
         assert not together.values[i, frames:].any()
 
 
 def test_stretches_of_the_convolutions_leave_no_seam(stock: Any, lowest: Mert, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = noise(12_345)
     monkeypatch.setattr(network, "_FRAMES_AT_ONCE", {"cpu": 7, "other": 7})
-    torch.testing.assert_close(encode(lowest, sound).values[0], expected(stock, sound, [0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(encode(lowest, sound).values[0], expected(stock, sound, [0]), atol=ROUNDING, rtol=0)
 
 
 def test_nearly_suppressed_sound_keeps_its_statistics(stock: Any, lowest: Mert) -> None:
