@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +95,7 @@ class Hold:
             os.close(self._file)  # the file stays: removing it would let two hold one name
             self._file = None
         if isinstance(error, _REFUSALS) and (words := _in_words(error, self.folder, INTACT)):
+            _bury_workers()
             raise RunError(words) from error
 
 
@@ -111,8 +114,23 @@ def in_words(place: Path, intact: str) -> Iterator[None]:
         yield
     except _REFUSALS as error:
         if words := _in_words(error, place, intact):
+            _bury_workers()
             raise RunError(words) from error
         raise
+
+
+def _bury_workers() -> None:
+    """Wait for data workers that ended: when the system tells torch of one, it raises in whatever code runs then, and
+    that must not be code that comes after the run.
+    """
+    for _ in range(10):  # a signal that came meanwhile raises here
+        try:
+            for worker in active_children():
+                if wait([worker.sentinel], 0):
+                    worker.join()
+        except RuntimeError:
+            continue
+        return
 
 
 def _in_words(error: OSError | RuntimeError | EOFError, place: Path, intact: str) -> str | None:
@@ -217,6 +235,8 @@ def _damage(path: Path) -> str | None:
             raise
         return str(error)
     for name in ("model.safetensors", "optimizer.safetensors"):
+        if not (path / name).is_file():
+            return f"{path / name}: is missing, or no file"
         try:
             with safe_open(path / name, "pt") as opened:  # compares the header with the file's length
                 opened.keys()

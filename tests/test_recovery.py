@@ -11,14 +11,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from coatkit.cli import shown
 from coatkit.errors import RunError
-from coatkit.recovery import Hold
+from coatkit.recovery import Hold, in_words
 from coatkit.spikes import FEWEST, Spikes
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +166,24 @@ def test_a_killed_data_worker_is_told_and_the_run_goes_on(project: Any) -> None:
     assert len(shown(told.value).splitlines()) < 10
     project.train(resume=True)
     assert differing(project.folder / "run", project.train("output=expected").folder) == []
+
+
+def test_what_the_system_tells_of_a_dead_worker_late_does_not_break_what_comes_after(tmp_path: Path) -> None:
+    rows = iter(DataLoader([0, 1], num_workers=1))
+    next(rows)  # from now on torch asks for the signal
+    told_by_system = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    assert callable(told_by_system)
+    try:
+        [worker] = active_children()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has been told
+        with pytest.raises(RunError, match="a data worker ended"), in_words(tmp_path, "All is well."):
+            raise ConnectionResetError("Connection reset by peer")
+        told_by_system(signal.SIGCHLD, None)  # torch raises here for a worker that nobody waited for
+        del rows
+    finally:
+        signal.signal(signal.SIGCHLD, told_by_system)
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
