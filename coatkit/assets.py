@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coatkit.errors import AssetError
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 from coatkit.manifest import Asset, Manifest
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class _Lock:
 
     def _read(self) -> dict[str, Any]:
         try:
-            kept = from_json(self.path.read_text())["assets"]
+            kept = from_json(read_text(self.path))["assets"]
             assert isinstance(kept, dict)
             return kept
         except (FileNotFoundError, NotADirectoryError):

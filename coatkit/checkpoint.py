@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coatkit.errors import RunError, other_format
-from coatkit.files import from_json, let_read, sync
+from coatkit.files import from_json, let_read, read_text, sync
 from coatkit.sharding import fill, like, whole
 from coatkit.zero import Moments, ZeroOptimizer
 
@@ -138,7 +138,7 @@ def load_position(checkpoint: Path) -> Position:
         RunError: If it was written by another format of coatkit or is damaged.
     """
     try:
-        state = from_json((checkpoint / "state.json").read_text())
+        state = from_json(read_text(checkpoint / "state.json"))
         written = state.pop("format")
         if written != FORMAT:
             raise RunError(f"{checkpoint}: {other_format(written, FORMAT)}")
@@ -220,6 +220,8 @@ def restore_random(random: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # safetensors would wait for a pipe
+        raise RunError(f"{path}: is missing, or no file")
     try:
         found: dict[str, Tensor] = load_file(path)
         return found

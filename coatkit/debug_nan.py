@@ -21,7 +21,7 @@ from coatkit.checkpoint import Position
 from coatkit.data.steps import Batch, Step
 from coatkit.errors import CoatkitError, RunError
 from coatkit.features import open_stores
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 from coatkit.model import CoatModel, whose
 from coatkit.optimization import Stop
 from coatkit.parallel import Team
@@ -93,7 +93,7 @@ def not_finite(tensor: Tensor | None) -> str:
 def _last_skipped(run: RunFolder) -> tuple[int, list[str]]:
     """Step and rows of the last step that was left out for its numbers."""
     try:
-        lines = [from_json(line) for line in run.skipped.read_text(encoding="utf-8").splitlines()]
+        lines = [from_json(line) for line in read_text(run.skipped).splitlines()]
         told = [(int(line["step"]), [str(row) for row in line["rows"]]) for line in lines if line["rows"]]
     except FileNotFoundError:
         told = []

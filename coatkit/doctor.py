@@ -9,7 +9,6 @@ import ast
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import struct
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from coatkit.assets import asset_path, cache_dir, present, sha256
 from coatkit.errors import CoatkitError, SpecError, other_format
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text, without_waiting
 from coatkit.plugins import registry
 
 RUN_FORMAT, CHECKPOINT_FORMAT, STORE_FORMAT = 1, 2, 1
@@ -159,7 +158,7 @@ def _cache(everything: bool) -> Iterator[Finding]:
     if not lock.exists():
         return
     try:
-        entries = from_json(lock.read_text(encoding="utf-8"))["assets"].items()
+        entries = from_json(read_text(lock))["assets"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         yield Finding("wrong", f"{lock} is damaged", f"delete {lock} and fetch again")
         return
@@ -194,7 +193,7 @@ def _stores() -> Iterator[Finding]:
 
 def _format(path: Path, known: int, name: str, older: str) -> Iterator[Finding]:
     try:
-        found = from_json(path.read_text(encoding="utf-8"))["format"]
+        found = from_json(read_text(path))["format"]
     except (OSError, ValueError, KeyError, TypeError):
         yield Finding("wrong", f"{name}: {path.name} is damaged", older)
         return
@@ -331,7 +330,7 @@ def _run(folder: Path) -> Iterator[Finding]:
     yield from problems
     if problems:
         return
-    yield from _made_with(folder, json.loads(record.read_text(encoding="utf-8")))
+    yield from _made_with(folder, from_json(read_text(record)))
     checkpoints = sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "state.json").is_file())
     sound = 0
     for checkpoint in checkpoints:
@@ -375,7 +374,7 @@ def _whole(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open(path, "rb", opener=without_waiting) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if not 0 < length <= min(size - 8, 100_000_000):
                 return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,24 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a regular file: a pipe would be waited for and a device read without end.
+
+    Raises:
+        OSError: If it cannot be read, or is no regular file.
+        ValueError: If it is no UTF-8 and `errors` is `strict`.
+    """
+    with open(path, encoding="utf-8", errors=errors, opener=without_waiting) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return stream.read()
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An opener that does not wait for someone to write into a pipe; like this, reading an empty one is an error."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def from_json(text: str | bytes) -> Any:

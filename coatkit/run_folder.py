@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from coatkit import __version__, checkpoint
-from coatkit.errors import RunError, other_format
-from coatkit.files import from_json, write_atomic
+from coatkit.errors import RunError, SpecError, other_format
+from coatkit.files import from_json, read_text, write_atomic
+from coatkit.spec_reader import SpecReader
 
 FORMAT = 1
 _FREE_TO_CHANGE = ("output", "checkpoint", "data.workers", "data.heldout", "gradients_every")
@@ -122,13 +123,15 @@ class RunFolder:
             )
 
     def read_spec(self) -> dict[str, Any]:
+        """The run's spec as plain data.
+
+        Raises:
+            RunError: If it cannot be read, or is none: a stranger may have written it.
+        """
         try:
-            data = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RunError(f"{self.path}: is not a run folder: {self.spec.name}: {error}") from None
-        if not isinstance(data, dict):
-            raise RunError(f"{self.spec}: damaged: it holds no keys")
-        return data
+            return SpecReader(self.spec).read()
+        except SpecError as error:
+            raise RunError(f"{self.path}: is not a run folder, or its spec is damaged:\n  {error}") from None
 
     def calibrated(self) -> dict[str, float]:
         """What `calibrate` measured when the run began; empty where it was not asked for."""
@@ -136,7 +139,7 @@ class RunFolder:
 
     def read_record(self) -> dict[str, Any]:
         try:
-            data: dict[str, Any] = from_json(self.record.read_text(encoding="utf-8"))
+            data: dict[str, Any] = from_json(read_text(self.record))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path}: is not a run folder: it has no {self.record.name}") from None
         except (OSError, ValueError) as error:
@@ -189,7 +192,7 @@ def _not_mappings(record: dict[str, Any]) -> str:
 
 def _lines(file: Path) -> list[str]:
     # Not splitlines(): a reason may hold characters that it takes for line ends.
-    return file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return read_text(file, "replace").split("\n")
 
 
 def _step_of(line: str) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from coatkit.assets import needed
 from coatkit.errors import PluginError, SpecError
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 from coatkit.manifest import Asset, Kind
 from coatkit.plugins import Component, registry
 from coatkit.spec import ComponentSpec, Spec, StageSpec
@@ -189,7 +189,7 @@ def _resolve(loaded: LoadedSpec, reader: SpecReader, need: Need) -> Iterator[str
 def _made_with(folder: Path, place: str) -> str:
     """For the spec of a run: the plugin and version that the run had, as its record has them; else nothing."""
     try:
-        then = from_json((folder / "run.json").read_text(encoding="utf-8"))["components"][place]
+        then = from_json(read_text(folder / "run.json"))["components"][place]
         package, version = str(then["from"]), str(then["version"])
     except (OSError, ValueError, LookupError, TypeError):
         return ""

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from coatkit.errors import SpecError
+from coatkit.files import read_text
 
 Path_ = tuple[str | int, ...]
 _KEY_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge")}
@@ -59,7 +60,7 @@ class SpecReader:
         try:
             if self.path.stat().st_size > _MAX_BYTES:
                 raise SpecError([f"{self.path}: larger than {_MAX_BYTES >> 10} KiB; this is not a spec"])
-            text = self.path.read_text(encoding="utf-8")
+            text = read_text(self.path)
         except OSError as error:
             raise SpecError([f"{self.path}: cannot be read: {error.strerror or error}"]) from None
         except UnicodeDecodeError as error:

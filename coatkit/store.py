@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from coatkit.errors import RunError, other_format
-from coatkit.files import from_json, write_atomic, written_beside
+from coatkit.files import from_json, read_text, write_atomic, written_beside
 
 FORMAT = 1
 Dtype = Literal["float32", "float16", "int8"]
@@ -91,7 +91,7 @@ class About:
             RunError: If it is no feature folder, or of another format.
         """
         try:
-            data = from_json((folder / "about.json").read_text(encoding="utf-8"))
+            data = from_json(read_text(folder / "about.json"))
             if data["format"] != FORMAT:
                 raise RunError(f"{folder}: {other_format(data['format'], FORMAT)}")
             if not (isinstance(data["name"], str) and isinstance(data["identity"], dict) and data["dtype"] in _NUMPY):

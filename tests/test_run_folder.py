@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_an_added_and_a_removed_key_and_a_longer_list_are_differences(run: RunFo
 def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json"):
         RunFolder(tmp_path).read_record()
-    with pytest.raises(RunError, match=r"is not a run folder: spec\.yaml"):
+    with pytest.raises(RunError, match=r"is not a run folder, .*\n.*spec\.yaml: cannot be read: No such file"):
         RunFolder(tmp_path).read_spec()
     (tmp_path / "spec.yaml").write_text("name: x\n")
     with pytest.raises(RunError, match=r"spec\.yaml: is not a run folder: it has no run\.json$"):
@@ -173,6 +175,26 @@ def test_a_damaged_spec_is_refused(run: RunFolder, content: str) -> None:
     run.spec.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=r"spec\.yaml"):
         run.read_spec()
+
+
+ALIASES = [f"{name}: &{name} [{f'*{below}, ' * 40}]\n" for below, name in pairwise("abcdef")]
+
+
+@pytest.mark.parametrize("content", ["name: &a [*a]\nb: *a\n", "a: &a [x, x, x]\n" + "".join(ALIASES)])
+def test_a_spec_of_aliases_without_end_is_refused_before_they_are_followed(run: RunFolder, content: str) -> None:
+    run.spec.write_text(content)
+    with pytest.raises(RunError, match=r"spec\.yaml: too large or too deeply nested"):
+        run.check_same({"name": "x"}, {})
+
+
+@pytest.mark.parametrize("of", ["spec", "record", "metrics"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(run: RunFolder, of: str) -> None:
+    path = getattr(run, of)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    read = {"spec": run.read_spec, "record": run.read_record, "metrics": run.read_metrics}[of]
+    with pytest.raises((RunError, OSError), match="Not a regular file"):
+        read()
 
 
 # Metrics

@@ -1,5 +1,6 @@
 """Reading a spec: what is accepted, and what every wrong one is told."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -313,6 +314,15 @@ def test_alias_bombs_are_refused_quickly(folder: Path, level: str) -> None:
     lines = ["k0: &k0 {x: 1}", *(f"k{i}: &k{i} {level.format(below=f'k{i - 1}')}" for i in range(1, 15))]
     found = problems(folder, "\n".join(lines))
     assert found[0].strip() == "too large or too deeply nested for a spec"
+
+
+def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path: Path) -> None:
+    pipe, zero = tmp_path / "spec.yaml", tmp_path / "zero.yaml"
+    os.mkfifo(pipe)
+    zero.symlink_to("/dev/zero")
+    for path in (pipe, zero):
+        with pytest.raises(SpecError, match=f"{path.name}: cannot be read: Not a regular file"):
+            load_spec(path)
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from coatkit.analysis.ablate_table import markdown, score_arms
 from coatkit.errors import RunError
 from coatkit.evaluation.bootstrap import DRAWS
 from coatkit.evaluation.items import refuse_bad, tasks_of_suite
-from coatkit.files import from_json, write_atomic
+from coatkit.files import from_json, read_text, write_atomic
 from coatkit.optimization import Stop
 
 FORMAT = 1
@@ -281,7 +281,7 @@ def _alone(folder: Path) -> Iterator[int]:
 def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
-        data = from_json(path.read_text(encoding="utf-8"))
+        data = from_json(read_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 from coatkit.analysis import plots
 from coatkit.errors import RunError, SpecError
-from coatkit.files import from_json, write_atomic
+from coatkit.files import from_json, read_text, write_atomic
 
 ARMS = {"vanilla": "vanilla", "cot": "text chain-of-thought", "coat": "CoAT"}
 """Ways to answer, and what they are called: the stock model, the same asked to reason in words, the trained run."""
@@ -118,7 +118,7 @@ def read_requests(path: Path) -> list[Request]:
         RunError: If it cannot be read, holds none, or a line is wrong; names the line and the key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []

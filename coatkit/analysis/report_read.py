@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 from coatkit.run_folder import RunFolder
 
 _PICTURES = 12
@@ -78,7 +78,7 @@ def read_run(path: Path, name: str) -> Told:
                 told.notes.append(f"{file.relative_to(path)}: {size >> 20} MB; it is not shown")
                 continue
             beside = sorted(file.parent.glob("*.md"))
-            words = beside[0].read_text(encoding="utf-8", errors="replace")[:20_000] if beside else ""
+            words = read_text(beside[0], "replace")[:20_000] if beside else ""
             told.pictures.append((str(file.relative_to(path).with_suffix("")), file.read_bytes(), words))
         except OSError as error:
             told.notes.append(f"{file.relative_to(path)}: {error.strerror}")
@@ -101,7 +101,7 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        found = _whole(file.read_text(encoding="utf-8"))
+        found = _whole(read_text(file))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError) as error:
         notes.append(f"{file.parent.name}/{file.name} cannot be read and is left out: {error}")
@@ -119,7 +119,7 @@ def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_text(file, "replace").split("\n")
     except OSError as error:
         notes.append(f"{file.name} cannot be read and is left out: {error.strerror}")
         return []

@@ -111,11 +111,10 @@ def _lengths(loaded: Any, make: Any) -> tuple[Any, list[str]]:
 
 def _add_set_aside(found: Any) -> None:
     """Bad rows that were found when the mixture was drawn, which are not in it."""
-    import json
-
     from coatkit.data.survey import kind_of
+    from coatkit.files import from_json, read_text
 
-    for bad in json.loads(found.path.with_suffix(".json").read_text(encoding="utf-8"))["bad_rows"]:
+    for bad in from_json(read_text(found.path.with_suffix(".json")))["bad_rows"]:
         found.add_bad(bad["reason"], f"not drawn: {kind_of(bad['reason'], bad['file'])}")
         found.count += 1
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatkit.errors import DataError
-from coatkit.files import from_json
+from coatkit.files import from_json, without_waiting
 
 Offsets = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
@@ -32,7 +32,7 @@ def opened(path: Path) -> IO[bytes]:
         OSError: If it cannot be opened.
         DataError: If it is a damaged gzip file, or one that unpacks to over 16 GiB.
     """
-    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115, closed with the rows that hold it
+    file = open(path, "rb", buffering=0, opener=without_waiting)  # noqa: SIM115, closed with the rows that hold it
     if os.pread(file.fileno(), 2, 0) != _GZIP:
         return file
     unpacked: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
@@ -71,7 +71,7 @@ def peek(path: Path, count: int = 20) -> list[Any]:
     Raises:
         OSError: If it cannot be read.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=without_waiting) as file:
         packed = file.read(2) == _GZIP
         file.seek(0)
         try:
@@ -98,11 +98,6 @@ def peek(path: Path, count: int = 20) -> list[Any]:
         if len(found) == count:
             break
     return found
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would wait for someone to write into it; like this, reading it is an error."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _after_mark(data: bytes) -> bytes:

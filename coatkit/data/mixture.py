@@ -23,7 +23,7 @@ from coatkit.assets import cache_dir
 from coatkit.data.pools import File, OnBadRow, Pool, as_data, check_bad, draw, find_pools, open_files, set_budgets
 from coatkit.data.rows import Row, Rows, parse_row
 from coatkit.errors import DataError
-from coatkit.files import from_json, write_atomic, written_beside
+from coatkit.files import from_json, read_text, write_atomic, written_beside
 from coatkit.spec_data import MixtureSpec
 
 FORMAT = 1
@@ -334,7 +334,7 @@ def _sidecar_of(spec: MixtureSpec, digest: str, pools: Sequence[Pool], files: Se
 def _read_sidecar(sidecar: Path, digest: str, path: Path) -> dict[str, Any] | None:
     """The sidecar of a mixture that is whole and was made from the same spec and inputs; None of any other."""
     try:
-        data: dict[str, Any] = from_json(sidecar.read_text(encoding="utf-8"))
+        data: dict[str, Any] = from_json(read_text(sidecar))
         if data.pop("sidecar_sha256") != _sha256(data):  # somebody changed it: what it tells is not what was drawn
             return None
         if data["hash"] == digest and MixtureRows(path).fingerprint() == data["content_sha256"]:
@@ -357,7 +357,7 @@ def _refuse_foreign(path: Path, sidecar: Path) -> None:
         if path.exists():
             MixtureRows(path)
         which = sidecar
-        if sidecar.exists() and "content_sha256" not in from_json(sidecar.read_text(encoding="utf-8")):
+        if sidecar.exists() and "content_sha256" not in from_json(read_text(sidecar)):
             raise ValueError
     except (DataError, ValueError, OSError, TypeError):
         raise DataError(f"{which}: is there and is no mixture; name another file, or remove it") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import signature
@@ -13,6 +12,7 @@ from typing import Any
 from coatkit.data.lines import peek
 from coatkit.data.rows import Rows
 from coatkit.errors import DataError
+from coatkit.files import without_waiting
 
 READERS = {
     "coatkit": "coatkit.data.rows:JsonlRows",
@@ -69,7 +69,7 @@ def detect(path: Path) -> str:
                 return format
         raise DataError(f"{path}: the folder holds neither Parquet files nor what `datasets` saves with save_to_disk")
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             head = file.read(8)
         if head.startswith(b"PAR1"):
             return "mixture" if _is_mixture(path) else "parquet"

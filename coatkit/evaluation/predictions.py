@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from coatkit.errors import RunError
 from coatkit.evaluation.items import Item, Key
-from coatkit.files import from_json, write_atomic
+from coatkit.files import from_json, read_text, write_atomic
 
 FORMAT = 1
 
@@ -128,7 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "eval.json"
     try:
-        data = from_json(path.read_text(encoding="utf-8"))
+        data = from_json(read_text(path))
     except FileNotFoundError:
         below = sorted(str(found.parent) for found in folder.glob("eval/*/eval.json"))
         hint = f"; name one of {', '.join(below)}" if below else "; make one with: coatkit eval RUN --data ROWS"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 from coatkit.infer import AudioThinker
 
 _LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "BSD-3-Clause": "bsd-3-clause"}
@@ -179,7 +179,7 @@ def _results(run: Path) -> str:
     lines = ["| evaluation | task | metric | score | 95 % interval | rows |", "|---|---|---|---|---|---|"]
     for file in sorted(run.glob("eval/*/results.json")):
         try:
-            tasks = from_json(file.read_text(encoding="utf-8"))["tasks"]
+            tasks = from_json(read_text(file))["tasks"]
             for name, task in tasks.items():
                 low, high = task["low"], task["high"]
                 interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import struct
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mutate
 import yaml
 from harness import Case, shell
+
+ALIASES = b"a: &a [x]\n" + b"".join(b"%c: &%c [%s]\n" % (b, b, b"*%c, " % a * 9) for a, b in pairwise(b"abcdefghijkl"))
+"""Lists of lists that stand for 9 to the eleventh values."""
 
 
 def _conftest() -> Any:
@@ -54,6 +59,8 @@ def spoiled(draw: random.Random, path: Path) -> bytes:
     if path.suffix == ".safetensors":
         return _tensors(draw, content)
     if path.suffix == ".yaml":
+        if draw.random() < 0.1:
+            return content + draw.choice((b"endless: &a [*a]\n", b"name: &a {b: *a}\n", ALIASES))
         if draw.random() < 0.4:
             return mutate.text(draw, content.decode()).encode("utf-8", "replace")
         return yaml.safe_dump(mutate.value(draw, yaml.safe_load(content))).encode("utf-8", "surrogatepass")
@@ -110,8 +117,10 @@ def _cases(folder: Path, draw: random.Random, files: list[str], acts: list[str],
             path = next(run.glob("checkpoints/*/" + path.name), path)
         if draw.random() < 0.06:
             path.unlink()
-            if draw.random() < 0.4:
+            if (instead := draw.random()) < 0.4:
                 path.mkdir()
+            elif instead < 0.6:
+                os.mkfifo(path)  # nobody writes into it
         else:
             path.write_bytes(spoiled(draw, path))
         words: list[Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coatkit.data.formats.columns import TableRows
 from coatkit.errors import DataError
-from coatkit.files import from_json
+from coatkit.files import from_json, read_text
 
 
 class DatasetsRows(TableRows):
@@ -30,7 +30,7 @@ def _files(folder: Path) -> list[Path]:
         hint = f"; give one, as in {folder.name}/{splits[0]}" if splits else ""
         raise DataError(f"{folder}: holds the splits {', '.join(splits) or 'none'}{hint}")
     try:
-        state = from_json((folder / "state.json").read_text(encoding="utf-8"))
+        state = from_json(read_text(folder / "state.json"))
         names = [str(one["filename"]) for one in state["_data_files"]]
         if any(name != Path(name).name for name in names):
             raise ValueError("a file of another folder")
