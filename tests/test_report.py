@@ -177,6 +177,24 @@ def test_what_is_damaged_is_told_and_left_out(run: Path) -> None:
     assert "None yet: coatkit eval" in page.words
 
 
+def test_a_link_that_leads_out_of_the_run_is_not_shown(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("a secret of this machine")
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG of mine")
+    for folder in ("latency", "view/a", "view/b"):
+        (run / folder).mkdir(parents=True)
+    (run / "latency/latency.png").symlink_to(tmp_path / "mine.png")
+    (run / "view/a/view.png").write_bytes(b"\x89PNG of theirs")
+    (run / "view/a/view.md").symlink_to(tmp_path / "mine.md")
+    (run / "view/b/view.png").symlink_to("../a/view.png")
+    told = read_run(run, "first")
+    assert [(name, picture) for name, picture, _ in told.pictures] == [("view/b/view", b"\x89PNG of theirs")]
+    assert [note for note in told.notes if "leads out of the run" in note] == [
+        "latency/latency.png: a link leads out of the run; it is not shown",
+        "view/a/view.png: a link leads out of the run; it is not shown",
+    ]
+    assert "secret" not in report([run], run / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_that_has_not_begun(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "gradients.jsonl").unlink()

@@ -285,3 +285,46 @@ def test_a_conversation_must_start_with_the_user() -> None:
     turns = [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "hi?"}]
     with pytest.raises(DataError, match="must start with the user"):
         parse_row({"messages": turns}, "a.jsonl:1", Path())
+
+
+@pytest.mark.parametrize(
+    ("audio", "inside"),
+    [
+        ("a.wav", True),
+        ("sub/../a.wav", True),
+        ("link-within.wav", True),
+        ("theirs.tar#512+100", True),
+        ("rows.parquet#audio[3]", True),
+        ("../mine.wav", False),
+        ("link-out.wav", False),
+        ("out/mine.wav", False),  # through a folder that is a link
+        ("out/rows.parquet#audio[3]", False),
+        ("out/mine.tar#512+100", False),
+    ],
+)
+def test_sounds_outside_the_folders_that_were_allowed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audio: str, inside: bool
+) -> None:
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    for folder in (theirs / "sub", mine):
+        folder.mkdir(parents=True)
+    (theirs / "link-within.wav").symlink_to("a.wav")
+    (theirs / "link-out.wav").symlink_to(mine / "mine.wav")
+    (theirs / "out").symlink_to(mine)
+    row = {"messages": TURNS, "audio": audio}
+    assert len(parse_row(row, "rows.jsonl:7", theirs).audios) == 1  # without the variable, any place
+    monkeypatch.setenv("COATKIT_AUDIO_ROOTS", f"{tmp_path}/none:{theirs}/:")
+    if inside:
+        assert len(parse_row(row, "rows.jsonl:7", theirs).audios) == 1
+    else:
+        with pytest.raises(DataError, match=r"rows\.jsonl:7: 'audio' is outside COATKIT_AUDIO_ROOTS .*/mine"):
+            parse_row(row, "rows.jsonl:7", theirs)
+
+
+def test_absolute_paths_are_held_to_the_allowed_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COATKIT_AUDIO_ROOTS", str(tmp_path))
+    assert len(parse(audios=[f"{tmp_path}/a.wav", f"{tmp_path}/b/c.wav"]).audios) == 2
+    with pytest.raises(
+        DataError, match=r"'audios\[1\]' is outside .*: '/etc/passwd'; add its folder"
+    ):
+        parse(audios=[f"{tmp_path}/a.wav", "/etc/passwd"])

@@ -71,13 +71,18 @@ def read_run(path: Path, name: str) -> Told:
             told.evaluations[file.parent.name] = found
         elif found:
             told.notes.append(f"{file.parent.name}/{file.name} holds no scores and is left out")
+    real = path.resolve()
     for file in _pictures(path):
         try:
+            beside = sorted(file.parent.glob("*.md"))[:1]
+            # A run of somebody else's: a page that is passed on shows nothing of this machine.
+            if not all(shown.resolve().is_relative_to(real) for shown in (file, *beside)):
+                told.notes.append(f"{file.relative_to(path)}: a link leads out of the run; it is not shown")
+                continue
             size = file.stat().st_size
             if size > _LARGEST:
                 told.notes.append(f"{file.relative_to(path)}: {size >> 20} MB; it is not shown")
                 continue
-            beside = sorted(file.parent.glob("*.md"))
             words = read_text(beside[0], "replace")[:20_000] if beside else ""
             told.pictures.append((str(file.relative_to(path).with_suffix("")), file.read_bytes(), words))
         except OSError as error:

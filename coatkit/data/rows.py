@@ -23,6 +23,8 @@ from coatkit.errors import DataError
 from coatkit.files import file_sha256, from_json
 
 AUDIO_TAG = "<audio>"
+ROOTS = "COATKIT_AUDIO_ROOTS"
+"""Variable with the folders that sounds of rows have to be in, split by colons; any place where it is not set."""
 _ROLES = {role: role for role in ("system", "user", "assistant")}
 _SLICE = re.compile(r"(.+)#(\d+\+\d+)", re.DOTALL)
 _CELL = re.compile(r"(.+)#(.+\[\d+\])", re.DOTALL)
@@ -337,6 +339,8 @@ def sound_at(path: str, start: Any, end: Any, name: str, folder: Path, fail: Fai
         start: Seconds, or None.
         name: The field, for messages.
         folder: What relative paths are relative to.
+
+    Where the variable `COATKIT_AUDIO_ROOTS` names folders, the file has to be in one of them, seen through links.
     """
     if not path or not _encodable(path) or "\0" in path:
         raise fail(f"'{name}' is no file name: {path!a:.80}")
@@ -353,8 +357,15 @@ def sound_at(path: str, start: Any, end: Any, name: str, folder: Path, fail: Fai
         raise fail(f"'end' of {name} ({times[1]} s) is not after its 'start' ({times[0] or 0.0} s)")
     inside = (_SLICE.fullmatch(path) or _CELL.fullmatch(path)) if "#" in path else None
     if inside and not os.path.lexists(folder / path):  # a file may really be called so
-        return AudioRef(folder / inside[1], times[0], times[1], inside[2])
-    return AudioRef(folder / path, times[0], times[1])
+        ref = AudioRef(folder / inside[1], times[0], times[1], inside[2])
+    else:
+        ref = AudioRef(folder / path, times[0], times[1])
+    if allowed := os.environ.get(ROOTS):
+        real = os.path.realpath(ref.path)
+        if not any(Path(real).is_relative_to(os.path.realpath(root)) for root in allowed.split(os.pathsep) if root):
+            said = f"{path!a:.80}" if real == str(ref.path) else f"{path!a:.80}, which leads to {real!a:.200}"
+            raise fail(f"'{name}' is outside {ROOTS} ({allowed}): {said}; add its folder there, or leave the row out")
+    return ref
 
 
 def _encodable(text: str) -> bool:
