@@ -140,7 +140,9 @@ def test_what_is_kept_of_a_run_is_done_elsewhere_and_holds_no_weights(tmp_path: 
         position = {"format": FORMAT, "step": step, "stage": stage, "stage_step": 0}
         write(run / f"checkpoints/step-{step:08d}/state.json", json.dumps(position))
         write(run / f"checkpoints/step-{step:08d}/model.safetensors", "weights")
-    for name in ("run.json", "metrics.jsonl", "evaluations/study/predictions.jsonl", "tensorboard/events"):
+    heavy = ("tensorboard/events", "probe/probe/states/step-1.safetensors", "probe/probe/probe.png")
+    light = ("run.json", "metrics.jsonl", "evaluations/study/predictions.jsonl", "probe/probe/results.json")
+    for name in (*light, *heavy):
         write(run / name, name)
     write(study / "results.json", "{}")
     collect["keep"](study, ["all/seed-0"], tmp_path / "kept.tar.xz")
@@ -149,6 +151,7 @@ def test_what_is_kept_of_a_run_is_done_elsewhere_and_holds_no_weights(tmp_path: 
     there = tmp_path / "there/arms/all/seed-0"
     assert {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()} == {
         "checkpoints/step-00000140/state.json", "run.json", "metrics.jsonl", "evaluations/study/predictions.jsonl",
+        "probe/probe/results.json",
     }  # fmt: skip
     assert is_trained(there, stages=2)
     assert not is_trained(there, stages=3)

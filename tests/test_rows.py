@@ -324,7 +324,5 @@ def test_sounds_outside_the_folders_that_were_allowed_are_refused(
 def test_absolute_paths_are_held_to_the_allowed_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COATKIT_AUDIO_ROOTS", str(tmp_path))
     assert len(parse(audios=[f"{tmp_path}/a.wav", f"{tmp_path}/b/c.wav"]).audios) == 2
-    with pytest.raises(
-        DataError, match=r"'audios\[1\]' is outside .*: '/etc/passwd'; add its folder"
-    ):
+    with pytest.raises(DataError, match=r"'audios\[1\]' is outside .*: '/etc/passwd'; add its folder"):
         parse(audios=[f"{tmp_path}/a.wav", "/etc/passwd"])

@@ -2,9 +2,9 @@
 
     python collect.py --study runs/mini-study --docs ../../docs
 
-Writes DOCS/results/mini-study.json (all scores, differences and curves; no path of this machine), the tables between
-the markers of DOCS/results/mini-study.md, and DOCS/images/mini-study-*.png. Of a study that is not finished the page
-says which runs are missing.
+Writes DOCS/results/mini-study.json (all scores, differences, curves and probes; no path of this machine), the tables
+between the markers of DOCS/results/mini-study.md, and DOCS/images/mini-study-*.png. Of a study that is not finished the
+page says which runs are missing.
 
     python collect.py --keep runs.tar.xz                       # every answer of the runs that are done; no weights
     tar -xJf runs.tar.xz -C runs/mini-study                    # elsewhere: `coatkit ablate` goes on from there
@@ -30,6 +30,7 @@ ARMS = ("sft", "block-only", "reconstruction", "with-pitch", "all", "linear-head
 CONTROLS = ("untrained of all", "text-cot of all", "shuffled-audio of all")
 TASKS = ("transcription", "speaker", "pitch", "instrument", "sound")
 TERMS = ("ce", "audio.mse", "basic-pitch.mse", "speaker.mse")
+PROBED = ("speaker", "pitch", "instrument")
 SMOOTH = 15
 """Steps that a point of a curve is the mean of."""
 
@@ -53,6 +54,7 @@ def main() -> None:
         "minutes_of_training": {name: round(results["runs"][name]["train_minutes"], 1) for name in sorted(done)},
         "tasks": results["tasks"],
         "curves": {name: curves[name]["terms"] for name in curves},
+        "probes": {name: found for name in sorted(done) if (found := probes(arguments.study / "arms" / name))},
         "gradients": {name: curves[name]["gradients"] for name in curves if curves[name]["gradients"]},
     }
     images, page = arguments.docs / "images", arguments.docs / "results/mini-study.md"
@@ -61,10 +63,13 @@ def main() -> None:
     (arguments.docs / "results/mini-study.json").write_text(text + "\n", encoding="utf-8")
     draw_scores(raw["tasks"], images / "mini-study-scores.png")
     draw_curves(curves, images / "mini-study-curves.png")
+    if raw["probes"]:
+        draw_probes(raw["probes"], images / "mini-study-probes.png")
     said = page.read_text(encoding="utf-8")
     for name, table in {
         "scores": scores(raw["tasks"]),
         "gradients": gradients(raw["gradients"]),
+        "probes": probe_table(raw["probes"]),
         "runs": state(raw),
     }.items():
         said = put(said, name, table)
@@ -81,7 +86,7 @@ def keep(study: Path, done: list[str], to: Path) -> None:
             last = max(run.glob("checkpoints/step-*/state.json"))
             for path in sorted(run.rglob("*")):
                 inside = path.relative_to(run)
-                heavy = inside.parts[0] in ("checkpoints", "tensorboard", "probes") or path.suffix == ".safetensors"
+                heavy = inside.parts[0] in ("checkpoints", "tensorboard") or path.suffix in (".safetensors", ".png")
                 if path.is_file() and (path == last or not heavy):
                     archive.add(path, Path("arms", name, inside), filter=anonymous)
 
@@ -107,6 +112,44 @@ def curve(run: Path) -> dict[str, Any]:
         for pair, cosine in line.get("cosines", {}).items():
             found.setdefault(pair, []).append(round(cosine, 4))
     return {"terms": {k: v for k, v in terms.items() if any(x is not None for x in v)}, "gradients": found}
+
+
+def probes(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `coatkit probe` found of a run, by task."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(run.glob("probe/*/results.json")):
+        for task, told in json.loads(file.read_text(encoding="utf-8"))["tasks"].items():
+            for cell in told["probes"]:
+                kept = {key: cell[key] for key in ("kind", "source", "step")}
+                kept |= {key: round(cell[key], 1) for key in ("accuracy", "low", "high")}
+                kept["shuffled"] = {key: round(value, 1) for key, value in cell["shuffled"].items()}
+                kept["foretells"] = cell.get("foretells")
+                found.setdefault(task, []).append(kept)
+    return found
+
+
+def probe_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Accuracies before and after training, and of the controls; one line for each run and state."""
+    words = ["run", "state", "step", *(f"{task} (% right)" for task in PROBED)]
+    lines = []
+    for name in sorted(found, key=lambda name: (ARMS.index(name.partition("/")[0]), name)):
+        cells = {task: {(c["source"], c["kind"]): c for c in found[name].get(task, [])} for task in PROBED}
+        steps = sorted({(c["step"], c["source"]) for c in found[name][PROBED[0]] if c["source"] != "vanilla"})
+        wanted = [(steps[0][1], "thinking"), (steps[-1][1], "thinking"), (steps[-1][1], "last"), ("vanilla", "last")]
+        for key in wanted:
+            mine = [cells[task].get(key) for task in PROBED]
+            first = next((cell for cell in mine if cell), None)
+            if first is not None:
+                state = "mean thinking" if key[1] == "thinking" else "before the answer"
+                state += ", stock model without block" if key[0] == "vanilla" else ""
+                lines.append([name, state, str(first["step"]), *map(probed, mine)])
+    return f"| {' | '.join(words)} |\n" + "|---" * len(words) + "|\n" + table(lines)
+
+
+def probed(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell['accuracy']:.1f} ({cell['low']:.1f} to {cell['high']:.1f}); shuffled {cell['shuffled']['mean']:.1f}"
 
 
 def shown(entry: dict[str, Any] | None) -> str:
@@ -228,6 +271,32 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_title({"ce": "cross-entropy of the answer"}.get(term, term), fontsize=10)
         axis.set_xlabel("step")
         axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def draw_probes(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Accuracy of probes on the mean thinking state over steps, means over the seeds that were probed."""
+    figure, axes = pyplot.subplots(1, len(PROBED), figsize=(12, 3.4))
+    for axis, task in zip(axes, PROBED, strict=True):
+        for arm in ARMS:
+            by_step: dict[int, list[float]] = {}
+            for name, tasks in found.items():
+                for cell in tasks.get(task, []) if name.startswith(f"{arm}/") else []:
+                    if cell["kind"] == "thinking" and cell["source"] != "vanilla":
+                        by_step.setdefault(cell["step"], []).append(cell["accuracy"])
+            if by_step:
+                steps = sorted(by_step)
+                means = [numpy.mean(by_step[step]) for step in steps]
+                axis.plot(steps, means, "o-", label=arm, color=f"C{ARMS.index(arm)}", linewidth=1.2, markersize=4)
+        stock = [c["accuracy"] for tasks in found.values() for c in tasks.get(task, []) if c["source"] == "vanilla"]
+        if stock:
+            axis.axhline(numpy.mean(stock), color="gray", linestyle="--", label="stock model, before the answer")
+        axis.set_title(f"{task}, % right", fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
