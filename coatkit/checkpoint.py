@@ -221,7 +221,7 @@ def restore_random(random: Mapping[str, Tensor], device: torch.device) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():  # safetensors would wait for a pipe
-        raise RunError(f"{path}: is missing, or no file")
+        raise RunError(f"{path}: cannot be read: there is no such file")
     try:
         found: dict[str, Tensor] = load_file(path)
         return found

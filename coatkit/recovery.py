@@ -236,7 +236,7 @@ def _damage(path: Path) -> str | None:
         return str(error)
     for name in ("model.safetensors", "optimizer.safetensors"):
         if not (path / name).is_file():
-            return f"{path / name}: is missing, or no file"
+            return f"{path / name}: cannot be read: there is no such file"
         try:
             with safe_open(path / name, "pt") as opened:  # compares the header with the file's length
                 opened.keys()

@@ -72,6 +72,7 @@ LEFT_OUT = {
     "plan examples/paper": "counts 8 B parameters: tests/test_plan.py, which also compares what the page prints",
     "new": "writes a package: tests of coatkit new",
     "train spec.yaml --debug-nan": "wants a run with NaN: tests/test_debug_nan.py",
+    "probe runs/mini-study": "wants a run of the study: tests/test_probe.py",
     "plugins check": "runs a whole suite: tests of coatkit plugins check",
 }
 # Other programs: what is known of them. `make`, `pip` and scripts are looked up.
