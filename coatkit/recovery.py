@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from coatkit import checkpoint
 from coatkit.errors import RunError
-from coatkit.files import write_atomic
+from coatkit.files import file_sha256, write_atomic
 from coatkit.run_folder import RunFolder
 
 INTACT = "What was saved before is intact; continue with --resume when this is mended."
@@ -248,12 +248,16 @@ def _damage(path: Path) -> str | None:
 def follow(run: RunFolder, here: Path) -> str | None:
     """Write the paths of a run anew whose project was moved to `here`; gives a line that says so.
 
-    Contents are compared after this as always, by their digests, so only places may differ.
+    Contents are compared after this as always, by their digests, so only places may differ. The record keeps the digest
+    of the spec as it was first written: answers of the model before training are known by it.
     """
     record = run.read_record()
     before = record.get("folder")
     if not isinstance(before, str) or before == str(here):
         return None
+    if "spec_sha256" not in record:
+        record["spec_sha256"] = file_sha256(run.spec)
+        run.write_record(record)
     spec = _moved(run.read_spec(), before, str(here))
     write_atomic(run.spec, yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
     # Last: until it is there, the same is done again, and a path that was moved is not moved twice.

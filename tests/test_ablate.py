@@ -376,6 +376,25 @@ def test_what_is_done_is_used_again(again: Any) -> None:
     }
 
 
+def test_a_study_that_was_moved_with_its_project_is_taken_up(again: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere/project"
+    shutil.copytree(again.folder, folder)
+
+    def made() -> dict[str, Any]:
+        files = files_of(folder / "runs/study").items()
+        return {name: at for name, at in files if "checkpoints" in name or "predictions" in name}
+
+    before, said = made(), list[str]()
+    results = ablate(read_study(folder / again.study.name), in_process=True, say=said.append)
+    assert said[-1] == "study: 2 arms, 2 seeds: 4 runs, 0 to do"
+    assert results["tasks"] == again.results["tasks"]
+    assert made() == before  # nothing was trained or asked again
+    with (folder / "train.jsonl").open("a") as stream:
+        stream.write("\n")
+    with pytest.raises(RunError, match=rf"changed since: data\.{folder}/train\.jsonl"):  # rows by their content
+        ablate(read_study(folder / again.study.name), in_process=True)
+
+
 def test_another_seed_is_added(again: Any) -> None:
     out = again.folder / "runs/study"
     before, said = files_of(out), []

@@ -99,7 +99,8 @@ def runs_of(study: Study, arms: Sequence[Arm], tasks: Sequence[Task], before: di
     digest = hashlib.sha256()
     for task in tasks:
         rows = [item.index for item in task.items]
-        digest.update(repr((task.spec.model_dump_json(), task.sha256, rows, study.spec.batch)).encode())
+        asked = task.spec.model_dump_json(exclude={"data": {"path"}})  # rows are told by their digest
+        digest.update(repr((asked, task.sha256, rows, study.spec.batch)).encode())
     runs = []
     for seed in study.spec.seeds:
         for arm in arms:
@@ -139,16 +140,20 @@ def _remember(run: Run, told: dict[str, Any]) -> None:
 
 
 def refuse_changed(runs: Sequence[Run]) -> None:
-    """A run is taken up only if it was made from the same spec, data and files of the user's own.
+    """A run is taken up only if it was made from the same spec, data and files of the user's own; a project that was
+    moved with its runs is followed.
 
     Raises:
         RunError: Naming every run that was not, and what differs.
     """
+    from coatkit.recovery import follow  # needs torch, which is not loaded to print a plan
+
     digests: dict[str, tuple[str, str]] = {}
     problems = []
     for run in runs:
         if not run.folder.record.exists():
             continue
+        follow(run.folder, run.loaded.folder)
         spec, record = run.loaded.spec, run.folder.read_record()
         data = {}
         for stage in spec.stages:

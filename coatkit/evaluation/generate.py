@@ -23,10 +23,13 @@ Say = Callable[[int, int], None]
 
 def model_digest(run: RunFolder, checkpoint: Path | None) -> str:
     """What tells the model of a run's checkpoint, or the one before training where that is None, from all others."""
-    digest = hashlib.sha256(str(run.read_record()["backbone"]["fingerprint"]).encode())
-    # Before training, what learns follows the spec's seed.
-    learnt = run.spec if checkpoint is None else checkpoint / "model.safetensors"
-    digest.update(file_sha256(learnt).encode())
+    record = run.read_record()
+    digest = hashlib.sha256(str(record["backbone"]["fingerprint"]).encode())
+    if checkpoint is not None:
+        learnt = file_sha256(checkpoint / "model.safetensors")
+    else:  # before training, what learns follows the spec's seed; as the spec was before the project was moved
+        learnt = str(record.get("spec_sha256") or file_sha256(run.spec))
+    digest.update(learnt.encode())
     return digest.hexdigest()
 
 

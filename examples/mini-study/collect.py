@@ -8,11 +8,14 @@ page says which runs are missing.
 
     python collect.py --keep runs.tar.xz                       # every answer of the runs that are done; no weights
     tar -xJf runs.tar.xz -C runs/mini-study                    # elsewhere: `coatkit ablate` goes on from there
+
+The rows are in the archive too (runs/mini-study/rows): the runs were made from these, so data/ must hold the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import tarfile
@@ -78,23 +81,27 @@ def main() -> None:
 
 
 def keep(study: Path, done: list[str], to: Path) -> None:
-    """Answers, records and metrics of finished runs; of the last checkpoint only where it stands."""
+    """Answers, records, metrics and rows of finished runs; of the last checkpoint only where it stands."""
     with tarfile.open(to, "w:xz") as archive:
-        archive.add(study / "results.json", "results.json", filter=anonymous)
+        add(archive, study / "results.json", "results.json")
+        for rows in sorted(HERE.glob("data/study-*.jsonl")):
+            add(archive, rows, f"rows/{rows.name}")
         for name in done:
             run = study / "arms" / name
             last = max(run.glob("checkpoints/step-*/state.json"))
             for path in sorted(run.rglob("*")):
                 inside = path.relative_to(run)
                 heavy = inside.parts[0] in ("checkpoints", "tensorboard") or path.suffix in (".safetensors", ".png")
-                if path.is_file() and (path == last or not heavy):
-                    archive.add(path, Path("arms", name, inside), filter=anonymous)
+                if path.is_file() and path.name != ".lock" and (path == last or not heavy):
+                    add(archive, path, f"arms/{name}/{inside}")
 
 
-def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = entry.mtime = 0
-    entry.uname = entry.gname = ""
-    return entry
+def add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """Add a text without this machine's folder, owner and time; a run whose project was moved is followed."""
+    content = path.read_bytes().replace(str(HERE.resolve()).encode(), b"/mini-study")
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def shortened(match: re.Match[str]) -> str:
