@@ -37,6 +37,16 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def without_links(path: str, flags: int) -> int:
+    """An opener for what is written into a folder that somebody else may have made: a link there could lead to any file
+    of the user's.
+
+    Raises:
+        OSError: If a link stands under the name (ELOOP).
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def from_json(text: str | bytes) -> Any:
     """What JSON says.
 
@@ -57,7 +67,8 @@ def written_beside(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
+        partial.unlink(missing_ok=True)
+        partial.touch(exist_ok=False)
         rights = partial.stat().st_mode
         yield partial
         partial.chmod(rights)  # as in `let_read`

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coatkit.data.steps import Batch
 from coatkit.errors import RunError
+from coatkit.files import without_links
 from coatkit.model import CoatModel, whose
 from coatkit.spec import Spec, StageSpec
 from coatkit.thinking import answer_tokens
@@ -52,7 +53,7 @@ def look_into(
     """Add what `look` finds at a step, on the first of its batches that has rows, to a file of lines."""
     batch = next(b for b in batches if b is not None)
     seen = look(model, batch, stage.active, weights)
-    with file.open("a", encoding="utf-8") as stream:
+    with open(file, "a", encoding="utf-8", opener=without_links) as stream:
         stream.write(json.dumps({"step": step, "stage": stage.name, **seen}, ensure_ascii=False) + "\n")
 
 

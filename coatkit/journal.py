@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from coatkit.checkpoint import Position
 from coatkit.errors import DataError, RunError
+from coatkit.files import without_links
 from coatkit.run_folder import RunFolder
 from coatkit.spec import Spec
 from coatkit.spikes import Spikes
@@ -95,5 +96,5 @@ class Journal:
 
     def _append(self, file: Path, line: dict[str, Any]) -> None:
         if self.leads:
-            with file.open("a", encoding="utf-8") as stream:
+            with open(file, "a", encoding="utf-8", opener=without_links) as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")

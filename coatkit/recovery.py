@@ -37,6 +37,7 @@ _REFUSALS = (OSError, RuntimeError, EOFError)
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
+    errno.ELOOP: "A link is not written through: put a file in its place, or remove it",
 }
 
 
@@ -66,7 +67,7 @@ class Hold:
         path = self.folder / ".lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             remedy = f"{_REMEDIES.get(error.errno or 0, 'Mend that')}, or name another folder with --set output=..."
             raise RunError(f"{self.folder}: cannot be written: {error.strerror or error}.\n  {remedy}") from None

@@ -102,6 +102,35 @@ def test_a_stopped_process_still_holds_its_run(project: Any, held: subprocess.Po
     held.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gradients.jsonl", "quarantine.jsonl"])
+def test_a_link_in_a_run_folder_is_not_written_through(project: Any, tmp_path: Path, name: str) -> None:
+    """A run of a stranger may have a link to any file of mine."""
+    project.spec["stages"] = [{**project.spec["stages"][0], "steps": 1, "batch": {"rows": 4}}]
+    project.spec["data"] |= {"on_bad_row": "quarantine", "max_bad_rows": 20}
+    project.rows += [{**project.rows[0], "id": "lost", "audio": "lost.wav"}] * 20
+    mine, run = tmp_path / "mine", project.folder / "run"
+    mine.write_text("what is mine\n")
+    run.mkdir(parents=True)
+    (run / name).symlink_to(mine)
+    (run / f".spec.yaml.{os.getpid()}.partial").symlink_to(mine)
+    with pytest.raises(RunError, match=rf"{name}: .* A link is not written through: put a file in its place"):
+        project.train("gradients_every=1")
+    assert (run / "spec.yaml").is_file()
+    (run / name).unlink()
+    assert project.train("gradients_every=1", resume=True).result.finished
+    assert mine.read_text() == "what is mine\n"
+
+
+def test_a_link_in_place_of_a_lock_is_refused(project: Any, tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine", project.folder / "run"
+    mine.write_text("what is mine\n")
+    run.mkdir(parents=True)
+    (run / ".lock").symlink_to(mine)
+    with pytest.raises(RunError, match=r"run: cannot be written: .*\n  A link is not written through: put a file"):
+        project.train()
+    assert mine.read_text() == "what is mine\n"
+
+
 def test_a_full_disk_is_told_and_nothing_is_lost(project: Any) -> None:
     """The limit on a file's size stands for it: a checkpoint has larger files than records have."""
     prepare(project)

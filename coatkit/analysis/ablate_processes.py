@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO
 
 from coatkit.analysis.ablate_job import Ended, Job, read_result
+from coatkit.files import without_links
 
 _LOOK_EVERY = 0.2
 """Seconds between looks at the processes."""
@@ -60,7 +61,8 @@ class Pool:
         path = self.logs / f"{stem}.job.json"
         job.write(path)
         Path(job.result).unlink(missing_ok=True)
-        log = (self.logs / f"{stem}.log").open("ab")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        log = os.fdopen(without_links(str(self.logs / f"{stem}.log"), flags), "ab")
         # The same modules are found there as here, and none by the accident of where it starts.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path)}
         if self.jobs > 1:

@@ -18,7 +18,7 @@ from coatkit.evaluation.items import Key, Task
 from coatkit.evaluation.judge_client import JudgeClient, JudgeError, Judgement, judge_identity, require_judge
 from coatkit.evaluation.rubric import HIGHEST, prompt
 from coatkit.evaluation.suite import JudgeSpec
-from coatkit.files import from_json, sync
+from coatkit.files import from_json, sync, without_links
 
 FILE = "judge.jsonl"
 _GIVE_UP = 20
@@ -42,7 +42,8 @@ class Ratings:
             text = path.read_bytes() if path.exists() else b""
             whole, newline, rest = text.rpartition(b"\n")
             if rest:  # a crash cut the last line off
-                os.truncate(path, len(whole) + len(newline))
+                with open(path, "r+b", opener=without_links) as stream:
+                    stream.truncate(len(whole) + len(newline))
         except OSError as error:
             raise RunError(f"{path}: cannot be read or repaired: {error.strerror or error}") from None
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
@@ -61,7 +62,7 @@ class Ratings:
         if judgement.served and judgement.served != model:
             line["served"] = judgement.served
         new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=without_links) as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

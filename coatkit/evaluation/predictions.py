@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from coatkit.errors import RunError
 from coatkit.evaluation.items import Item, Key
-from coatkit.files import from_json, read_text, write_atomic
+from coatkit.files import from_json, read_text, without_links, write_atomic
 
 FORMAT = 1
 
@@ -105,7 +105,7 @@ class Predictions:
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write a batch down, and bring it to the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=without_links) as file:
             file.write(_text(lines))
             file.flush()
             os.fsync(file.fileno())
