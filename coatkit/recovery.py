@@ -96,7 +96,7 @@ class Hold:
             os.close(self._file)  # the file stays: removing it would let two hold one name
             self._file = None
         if isinstance(error, _REFUSALS) and (words := _in_words(error, self.folder, INTACT)):
-            _bury_workers()
+            _bury_workers(error)
             raise RunError(words) from error
 
 
@@ -115,20 +115,26 @@ def in_words(place: Path, intact: str) -> Iterator[None]:
         yield
     except _REFUSALS as error:
         if words := _in_words(error, place, intact):
-            _bury_workers()
+            _bury_workers(error)
             raise RunError(words) from error
         raise
 
 
-def _bury_workers() -> None:
+def _bury_workers(error: BaseException) -> None:
     """Wait for data workers that ended: when the system tells torch of one, it raises in whatever code runs then, and
     that must not be code that comes after the run.
     """
+    # A worker's pipes close before it counts as ended.
+    patience = 5.0 if isinstance(error, ConnectionError | EOFError) else 0.0
     for _ in range(10):  # a signal that came meanwhile raises here
         try:
-            for worker in active_children():
-                if wait([worker.sentinel], 0):
-                    worker.join()
+            while True:
+                workers = {worker.sentinel: worker for worker in active_children()}
+                if not workers or not (ended := wait(list(workers), patience)):
+                    break
+                for sentinel in ended:
+                    workers[sentinel].join()  # type: ignore[index]
+                patience = 0.2
         except RuntimeError:
             continue
         return

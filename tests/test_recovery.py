@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -197,7 +199,10 @@ def test_a_killed_data_worker_is_told_and_the_run_goes_on(project: Any) -> None:
     assert differing(project.folder / "run", project.train("output=expected").folder) == []
 
 
-def test_what_the_system_tells_of_a_dead_worker_late_does_not_break_what_comes_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dying", [0.0, 0.3])
+def test_what_the_system_tells_of_a_dead_worker_late_does_not_break_what_comes_after(
+    tmp_path: Path, dying: float
+) -> None:
     rows = iter(DataLoader([0, 1], num_workers=1))
     next(rows)  # from now on torch asks for the signal
     told_by_system = signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -205,10 +210,14 @@ def test_what_the_system_tells_of_a_dead_worker_late_does_not_break_what_comes_a
     try:
         [worker] = active_children()
         assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has been told
+        if dying:  # its pipes are closed before it is dead
+            threading.Timer(dying, os.kill, (worker.pid, signal.SIGKILL)).start()
+        else:
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has been told
         with pytest.raises(RunError, match="a data worker ended"), in_words(tmp_path, "All is well."):
             raise ConnectionResetError("Connection reset by peer")
+        time.sleep(2 * dying)
         told_by_system(signal.SIGCHLD, None)  # torch raises here for a worker that nobody waited for
         del rows
     finally:
