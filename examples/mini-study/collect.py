@@ -136,7 +136,9 @@ def probes(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def probe_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Accuracies before and after training, and of the controls; one line for each run and state."""
+    """Accuracies before and after training, and of the controls; one line for each run and state; and the figure."""
+    if not found:
+        return "None yet."
     words = ["run", "state", "step", *(f"{task} (% right)" for task in PROBED)]
     lines = []
     for name in sorted(found, key=lambda name: (ARMS.index(name.partition("/")[0]), name)):
@@ -150,7 +152,8 @@ def probe_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
                 state = "mean thinking" if key[1] == "thinking" else "before the answer"
                 state += ", stock model without block" if key[0] == "vanilla" else ""
                 lines.append([name, state, str(first["step"]), *map(probed, mine)])
-    return f"| {' | '.join(words)} |\n" + "|---" * len(words) + "|\n" + table(lines)
+    figure = "![Accuracy of probes on the mean thinking state, over steps](../images/mini-study-probes.png)"
+    return f"| {' | '.join(words)} |\n" + "|---" * len(words) + f"|\n{table(lines)}\n{figure}"
 
 
 def probed(cell: dict[str, Any] | None) -> str:
