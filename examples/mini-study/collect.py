@@ -204,7 +204,9 @@ def difference(entry: dict[str, Any] | None) -> str:
     found = (entry or {}).get("difference")
     if not found or found["points"] is None:
         return ""
-    p = ", ".join("-" if one is None else f"{one:.3f}" for one in (found["p"], found["p_seeds"]))
+    p = ", ".join(
+        "-" if one is None else "<0.001" if one < 5e-4 else f"{one:.3f}" for one in (found["p"], found["p_seeds"])
+    )
     return f"{found['points']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f}; p {p})"
 
 
