@@ -76,7 +76,21 @@ LEFT_OUT = {
     "plugins check": "runs a whole suite: tests of coatkit plugins check",
 }
 # Other programs: what is known of them. `make`, `pip` and scripts are looked up.
-PROGRAMS = {"source", "export", "cd", "for", "sbatch", "accelerate", "vllm", "lmms_eval", "npm", "done", "mkdir", "tar", "cmp"}
+PROGRAMS = {
+    "source",
+    "export",
+    "cd",
+    "for",
+    "sbatch",
+    "accelerate",
+    "vllm",
+    "lmms_eval",
+    "npm",
+    "done",
+    "mkdir",
+    "tar",
+    "cmp",
+}
 # Python that is not run as it stands: where, what is in it, and why. It is compiled.
 NOT_RUN = {
     ("README.md", "class Loudness"): "the shape of examples/custom_expert, which tests/test_examples.py trains",
