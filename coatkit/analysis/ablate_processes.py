@@ -61,8 +61,7 @@ class Pool:
         path = self.logs / f"{stem}.job.json"
         job.write(path)
         Path(job.result).unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        log = os.fdopen(without_links(str(self.logs / f"{stem}.log"), flags), "ab")
+        log = open(self.logs / f"{stem}.log", "ab", opener=without_links)  # noqa: SIM115 (closed when the run ends)
         # The same modules are found there as here, and none by the accident of where it starts.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path)}
         if self.jobs > 1:
